@@ -1,0 +1,1 @@
+"""What a person touches: recipes, the command line, the report."""

@@ -1,0 +1,1 @@
+"""The idea: types, tensor arithmetic, seeds, the plan check, the round, server optimisers."""

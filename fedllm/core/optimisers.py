@@ -1,0 +1,85 @@
+"""Server optimisers: the aggregate of (start - end) is a pseudo-gradient.
+
+Reddi et al., Adaptive Federated Optimization, 2021 (arXiv:2003.00295), algorithm 2, from which the
+adaptive ones differ only in the line for v; there Delta = -(start - end), hence the minus signs
+here. As in the paper there is no bias correction and v starts at tau squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedllm.core.tensors import below, under
+from fedllm.core.types import ServerOptimizer, Tensors
+
+
+def fedavg(learning_rate: float = 1.0) -> ServerOptimizer:
+    """FedAvg (McMahan et al. 2017): params -= learning_rate * mean; at 1.0 the plain average of the clients."""
+
+    def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+        moved = {name: params[name] - learning_rate * value for name, value in mean.items()}
+        return {**params, **moved}, state
+
+    return ServerOptimizer(f"FedAvg(lr {learning_rate:g})", lambda params: {}, step)
+
+
+def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptimizer:
+    """FedAvgM (Hsu et al. 2019, arXiv:1909.06335): m = momentum * m + mean; params -= learning_rate * m."""
+
+    def init(params: Tensors) -> Tensors:
+        return {name: torch.zeros_like(value) for name, value in params.items()}
+
+    def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+        speed = {name: momentum * state[name] + value for name, value in mean.items()}
+        moved = {name: params[name] - learning_rate * value for name, value in speed.items()}
+        return {**params, **moved}, {**state, **speed}
+
+    return ServerOptimizer(f"FedAvgM(lr {learning_rate:g}, momentum {momentum:g})", init, step)
+
+
+def adaptive(
+    name: str,
+    second_moment: Callable[[Tensor, Tensor], Tensor],
+    learning_rate: float,
+    beta1: float,
+    tau: float,
+) -> ServerOptimizer:
+    """Build the common part: m = beta1 m + (1 - beta1) g; params -= learning_rate * m / (sqrt(v) + tau)."""
+
+    def init(params: Tensors) -> Tensors:
+        m = {key: torch.zeros_like(value) for key, value in params.items()}
+        v = {key: torch.full_like(value, tau**2) for key, value in params.items()}
+        return {**under("m", m), **under("v", v)}
+
+    def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+        old_m, old_v = below("m", state), below("v", state)
+        m = {key: beta1 * old_m[key] + (1 - beta1) * g for key, g in mean.items()}
+        v = {key: second_moment(old_v[key], g.square()) for key, g in mean.items()}
+        moved = {key: params[key] - learning_rate * m[key] / (v[key].sqrt() + tau) for key in mean}
+        return {**params, **moved}, {**state, **under("m", m), **under("v", v)}
+
+    return ServerOptimizer(f"{name}(lr {learning_rate:g}, tau {tau:g})", init, step)
+
+
+def fedadagrad(learning_rate: float = 1e-2, beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
+    """FedAdagrad: v = v + g^2."""
+    return adaptive("FedAdagrad", lambda v, g2: v + g2, learning_rate, beta1, tau)
+
+
+def fedadam(
+    learning_rate: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> ServerOptimizer:
+    """FedAdam: v = beta2 v + (1 - beta2) g^2."""
+    return adaptive("FedAdam", lambda v, g2: beta2 * v + (1 - beta2) * g2, learning_rate, beta1, tau)
+
+
+def fedyogi(
+    learning_rate: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> ServerOptimizer:
+    """FedYogi: v = v - (1 - beta2) g^2 sign(v - g^2)."""
+    return adaptive(
+        "FedYogi", lambda v, g2: v - (1 - beta2) * g2 * torch.sign(v - g2), learning_rate, beta1, tau
+    )

@@ -1,0 +1,205 @@
+"""One round for all: most federated algorithms are one call of `averaging` with a part or two of their own.
+
+select - share -> [ exchange: client work - encode... ] - ...decode - aggregate - finish... - optimiser -> next state
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from fedllm.core.errors import FedllmError, Refused
+from fedllm.core.optimisers import fedavg
+from fedllm.core.seeds import derive
+from fedllm.core.tensors import below, require_like, under
+from fedllm.core.types import (
+    Aggregator,
+    Algorithm,
+    Client,
+    Cohort,
+    Cut,
+    Exchange,
+    Middleware,
+    Probe,
+    Reply,
+    Report,
+    Request,
+    Select,
+    ServerOptimizer,
+    Silo,
+    State,
+    Step,
+    Tensors,
+    Transform,
+    Work,
+    on_meta,
+)
+
+
+def everything(state: State) -> Tensors:
+    """Share all parameters with every selected client."""
+    return state.params
+
+
+def averaging(
+    *,
+    work: Work,
+    select: Select,
+    aggregate: Aggregator,
+    optimiser: ServerOptimizer | None = None,
+    share: Callable[[State], Tensors] = everything,
+    transforms: Sequence[Transform] = (),
+    middleware: Sequence[Middleware] = (),
+    probes: Sequence[Probe] = (),
+) -> Algorithm:
+    """Build the algorithm that averages what its clients changed.
+
+    The client replies start - end, which `transforms` encode in order and the server decodes in
+    reverse; the first middleware is the outermost. A reply that is not finite or has the wrong
+    names, shapes or dtypes is dropped and counted.
+
+    Raises:
+        FedllmError: from the round, when clients were asked and no reply could be used.
+    """
+    optimiser = optimiser or fedavg()
+
+    def init(params: Tensors) -> State:
+        return State(0, dict(params), dict(optimiser.init(params)), {})
+
+    def server(state: State, exchange: Exchange) -> tuple[State, Report]:
+        sent = share(state)
+        like = {name: state.params[name] for name in sent}
+        stages = wire_stages(transforms, like)
+        asked = list(select(state.round))
+        requests = [Request(name, state.round, "train", sent) for name in asked]
+        for layer in reversed(middleware):
+            exchange = layer.exchange(exchange)
+
+        total, looks = aggregate.zero(like), [probe.zero(like) for probe in probes]
+        waiting, weight, report = set(asked), 0.0, dict[str, float | str]()
+        for reply in exchange(requests):
+            try:
+                update = accept(reply, state.round, waiting, transforms, stages)
+            except Refused as problem:
+                report[f"dropped.{reply.client}"] = str(problem)
+                continue
+            waiting.discard(reply.client)
+            total = aggregate.add(total, update, reply.weight)
+            looks = [probe.add(look, update, reply.weight) for probe, look in zip(probes, looks, strict=True)]
+            weight += reply.weight
+            report |= {f"{key}.{reply.client}": value for key, value in reply.scalars.items()}
+
+        answered = len(asked) - len(waiting)
+        for name in sorted(waiting - {key.removeprefix("dropped.") for key in report}):
+            report[f"dropped.{name}"] = "no reply"
+        report |= {"clients": answered, "asked": len(asked)}
+        if asked and not answered:
+            raise FedllmError(no_update_message(state.round, report))
+        if not asked:
+            return state._replace(round=state.round + 1), report
+
+        mean, memory = aggregate.done(total), dict(state.transforms)
+        cut = Cut(state.round, answered, weight)
+        for place, transform in reversed(list(enumerate(transforms))):
+            label = f"{place}.{transform.name}"
+            mean, kept = transform.finish(mean, below(label, memory), cut)
+            memory |= under(label, kept)
+        params, optimiser_state = optimiser.step(state.params, mean, state.optimiser)
+        for probe, look in zip(probes, looks, strict=True):
+            report |= probe.done(look)
+        return State(state.round + 1, params, optimiser_state, memory), report
+
+    client = encoding(work.client, transforms)
+    cohort = encoding_cohort(work.cohort, transforms) if work.cohort else None
+    for layer in reversed(middleware):
+        if layer.client:
+            # A client half may send messages of its own, which a batch of clients cannot.
+            client, cohort = layer.client(client), None
+    steps = [
+        Step("server", "select and share"),
+        Step("silo", "local training"),
+        *(Step("silo", f"encode: {t.name}", t.claim) for t in transforms),
+        *(Step("wire", m.name, m.claim) for m in middleware),
+        *(Step("server", f"decode: {t.name}") for t in reversed(transforms)),
+        *(Step("server", f"look: {p.name}", p.claim) for p in probes),
+        Step("server", f"aggregate: {aggregate.name}", aggregate.claim),
+        Step("server", f"step: {optimiser.name}"),
+    ]
+    return Algorithm(init, client, server, cohort, steps, lambda like: wire_stages(transforms, like)[-1])
+
+
+def wire_stages(transforms: Sequence[Transform], like: Tensors) -> list[Tensors]:
+    """Return on the meta device what the update looks like before and after each transform."""
+    stages: list[Tensors] = [on_meta(like)]
+    for transform in transforms:
+        stages.append(transform.encode(stages[-1], {}, 0)[0])
+    return stages
+
+
+def accept(
+    reply: Reply, round_number: int, waiting: set[str], transforms: Sequence[Transform], stages: Sequence[Tensors]
+) -> Tensors:
+    """Return the decoded update of a reply, or raise `Refused`; nothing in a reply is trusted."""
+    if reply.client not in waiting:
+        raise Refused("it was not asked, or has answered already")
+    if reply.round != round_number:
+        raise Refused(f"it answers round {reply.round}, not {round_number}")
+    if not (math.isfinite(reply.weight) and reply.weight > 0):
+        raise Refused(f"its weight is {reply.weight}")
+    for key, value in reply.scalars.items():
+        if not math.isfinite(value):
+            raise Refused(f"its '{key}' is {value}")
+    update = reply.tensors
+    require_like(update, stages[-1])
+    for transform, like in zip(reversed(transforms), reversed(stages[:-1]), strict=True):
+        update = transform.decode(update, like)
+    if transforms:
+        require_like(update, stages[0])
+    return update
+
+
+def encode_all(reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform]) -> tuple[Reply, Tensors]:
+    """Pass a client's update through the transforms, each with its own part of the silo's memory."""
+    kept, update = under("work", memory), reply.tensors
+    for place, transform in enumerate(transforms):
+        label = f"{place}.{transform.name}"
+        seed = derive(silo.seed, "encode", reply.round, place)
+        update, own = transform.encode(update, below(label, silo.memory), seed)
+        kept |= under(label, own)
+    return reply._replace(tensors=update), kept
+
+
+def encoding(client: Client, transforms: Sequence[Transform]) -> Client:
+    """Let a client encode what it replies."""
+
+    def encoded(request: Request, silo: Silo) -> tuple[Reply, Tensors]:
+        reply, memory = client(request, silo._replace(memory=below("work", silo.memory)))
+        return encode_all(reply, memory, silo, transforms)
+
+    return encoded
+
+
+def encoding_cohort(cohort: Cohort, transforms: Sequence[Transform]) -> Cohort:
+    """Let every client of a batch encode what it replies."""
+
+    def encoded(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
+        bare = [(request, silo._replace(memory=below("work", silo.memory))) for request, silo in members]
+        return [
+            encode_all(reply, memory, silo, transforms)
+            for (reply, memory), (_, silo) in zip(cohort(bare), members, strict=True)
+        ]
+
+    return encoded
+
+
+def no_update_message(round_number: int, report: Report) -> str:
+    """Name the silos whose updates were dropped and what to do."""
+    reasons = "; ".join(
+        f"{key.removeprefix('dropped.')}: {value}" for key, value in report.items() if key.startswith("dropped.")
+    )
+    return (
+        f"Round {round_number + 1} has no usable update ({reasons}); if they are not finite, lower "
+        "client.learning_rate or set client.max_grad_norm, then resume."
+    )
+
+

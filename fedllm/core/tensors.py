@@ -1,0 +1,51 @@
+"""Arithmetic over flat mappings of tensors, and the check of what a silo sends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedllm.core.errors import Refused
+from fedllm.core.types import Tensors
+
+
+def subtract(left: Tensors, right: Tensors) -> dict[str, Tensor]:
+    """Return left - right, name by name, over the names of `left`."""
+    return {name: value - right[name] for name, value in left.items()}
+
+
+def norm(tensors: Tensors) -> Tensor:
+    """Return the L2 norm over all tensors together, as a scalar tensor."""
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(value, dtype=torch.float32) for value in tensors.values()])
+    )
+
+
+def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    """Return the tensors with `prefix/` before every name.
+
+    >>> list(under("params", {"a": torch.zeros(1)}))
+    ['params/a']
+    """
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def below(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    """Return the tensors whose name starts with `prefix/`, without it."""
+    start = f"{prefix}/"
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
+def require_like(tensors: Tensors, like: Tensors) -> None:
+    """Raise `Refused` unless names, shapes and dtypes are those of `like` and every number is finite."""
+    if tensors.keys() != like.keys():
+        missing, extra = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
+        raise Refused(f"wrong names: {len(missing)} missing {missing[:2]}, {len(extra)} unknown {extra[:2]}")
+    for name, expected in like.items():
+        value = tensors[name]
+        if value.shape != expected.shape:
+            raise Refused(f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+        if value.dtype != expected.dtype:
+            raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise Refused(f"'{name}' is not finite")

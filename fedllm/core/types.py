@@ -1,0 +1,213 @@
+"""The vocabulary. Everything in fedllm is said in these words; read this file first.
+
+A federated algorithm is three functions: `init`, `client` (runs where the data is) and
+`server(state, exchange)` (runs where it is not). `exchange` sends requests and yields replies. It is
+the only effect, and a runtime supplies it: one process, a batch of clients, or machines far apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""Weights, updates, optimiser state: flat name -> tensor."""
+
+Scalars: TypeAlias = Mapping[str, float]
+"""Numbers that travel beside the tensors."""
+
+Report: TypeAlias = Mapping[str, float | str]
+"""What a server tells of one round: `loss.<silo>`, `dropped.<silo>` (a reason), `clients`..."""
+
+Dataset: TypeAlias = Mapping[str, Sequence[Any]]
+"""A silo's examples by split: `train` and `test` (held out)."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Request(NamedTuple):
+    """What a server asks of one client: do `op` with these tensors."""
+
+    client: str
+    round: int
+    op: str
+    tensors: Tensors
+    scalars: Scalars = NOTHING
+
+
+class Reply(NamedTuple):
+    """What one client answers; `weight` says how much text stands behind it."""
+
+    client: str
+    round: int
+    tensors: Tensors
+    weight: float
+    scalars: Scalars = NOTHING
+
+
+def ignore(tokens: int) -> None:
+    """Take note of nothing."""
+
+
+class Silo(NamedTuple):
+    """What one organisation holds. It never leaves the node.
+
+    `model` has the trainable attached and may be shared by all the silos of a process: a client
+    writes the request's tensors into it and promises nothing about what it leaves there.
+    `memory` is what the node remembers from its last round. `tick` is told the tokens of every
+    step; it may raise `Interrupted`.
+    """
+
+    name: str
+    model: nn.Module
+    data: Dataset
+    memory: Tensors
+    seed: int
+    tick: Callable[[int], None] = ignore
+
+
+class State(NamedTuple):
+    """All that a server remembers between rounds: one safetensors file."""
+
+    round: int
+    params: Tensors
+    optimiser: Tensors
+    transforms: Tensors
+
+
+Exchange: TypeAlias = Callable[[Sequence[Request]], Iterator[Reply]]
+"""Replies come as they arrive, in any order; a client that fails sends none."""
+
+Client: TypeAlias = Callable[[Request, Silo], tuple[Reply, Tensors]]
+"""Pure: returns the reply and the node's new memory."""
+
+Cohort: TypeAlias = Callable[[Sequence[tuple[Request, Silo]]], list[tuple[Reply, Tensors]]]
+"""Many clients in one batch. Law: equals the clients one by one."""
+
+
+class Work(NamedTuple):
+    """What a client does in a round, one by one and, where it can, many at a time."""
+
+    client: Client
+    cohort: Cohort | None = None
+
+
+class Facts(NamedTuple):
+    """What is known of one silo's update, or of the aggregate, at one step of the round."""
+
+    sees: str = "each"
+    """Whether the server sees `each` silo's update or only their `sum`."""
+    norm_bound: float | None = None
+    """The largest L2 norm that the update can have, if there is one."""
+
+
+Claim: TypeAlias = Callable[[Facts], Facts]
+"""From the facts before a step to the facts after it; raises `FedllmError` with the remedy if they do not fit."""
+
+
+def unchanged(facts: Facts) -> Facts:
+    """Claim nothing."""
+    return facts
+
+
+class Cut(NamedTuple):
+    """What a transform's last word is told about the round it closes."""
+
+    round: int
+    clients: int
+    weight: float
+
+
+def as_it_is(mean: Tensors, state: Tensors, cut: Cut) -> tuple[Tensors, Tensors]:
+    """Leave the aggregate alone."""
+    return mean, state
+
+
+class Transform(NamedTuple):
+    """Something that happens to an update on its way: a client half, a server half, a last word.
+
+    `encode(update, memory, seed)` returns what travels and the new memory. It also runs on meta
+    tensors, which is how the plan knows the bytes. `decode(wire, like)` undoes it or raises
+    `Refused`; `like` has the names, shapes and dtypes that must come back. `finish` sees only the
+    aggregate. Law: `decode(encode(u))` keeps every name, shape and dtype; inputs are not mutated.
+    """
+
+    name: str
+    encode: Callable[[Tensors, Tensors, int], tuple[Tensors, Tensors]]
+    decode: Callable[[Tensors, Tensors], Tensors]
+    finish: Callable[[Tensors, Tensors, Cut], tuple[Tensors, Tensors]] = as_it_is
+    claim: Claim = unchanged
+
+
+class Middleware(NamedTuple):
+    """Something around the exchange that needs messages of its own, and perhaps a half at the client."""
+
+    name: str
+    exchange: Callable[[Exchange], Exchange]
+    client: Callable[[Client], Client] | None = None
+    claim: Claim = unchanged
+
+
+class Aggregator(NamedTuple):
+    """A fold over updates: streams, takes any order, and holds the memory of one update.
+
+    `add(total, update, weight)` may reuse the memory of `total`, never that of `update`.
+    """
+
+    name: str
+    zero: Callable[[Tensors], Any]
+    add: Callable[[Any, Tensors, float], Any]
+    done: Callable[[Any], Tensors]
+    claim: Claim = unchanged
+
+
+class Probe(NamedTuple):
+    """A fold that only looks: like an aggregator, but ends in numbers for the report."""
+
+    name: str
+    zero: Callable[[Tensors], Any]
+    add: Callable[[Any, Tensors, float], Any]
+    done: Callable[[Any], Scalars]
+    claim: Claim = unchanged
+
+
+class ServerOptimizer(NamedTuple):
+    """Applies the aggregate as a pseudo-gradient (start - end): `step(params, mean, state)`."""
+
+    name: str
+    init: Callable[[Tensors], Tensors]
+    step: Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
+
+
+Select: TypeAlias = Callable[[int], Sequence[str]]
+"""From the round to the clients that take part in it; pure, so that a resumed run asks the same ones."""
+
+
+class Step(NamedTuple):
+    """One step of the round as the plan shows it."""
+
+    where: str
+    """`server`, `silo` or `wire`."""
+    name: str
+    claim: Claim = unchanged
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm: three functions and, where it can, its clients as one batch."""
+
+    init: Callable[[Tensors], State]
+    client: Client
+    server: Callable[[State, Exchange], tuple[State, Report]]
+    cohort: Cohort | None = None
+    steps: Sequence[Step] = ()
+    wire: Callable[[Tensors], Tensors] = dict
+    """What one client sends up for such parameters; runs on meta tensors."""
+
+
+def on_meta(tensors: Tensors) -> dict[str, Tensor]:
+    """Return the same names, shapes and dtypes without the numbers."""
+    return {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}

@@ -1,0 +1,30 @@
+"""Bound the norm of an update, at the silo and again at the server, which trusts no silo."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedllm.core.errors import FedllmError
+from fedllm.core.tensors import norm
+from fedllm.core.types import Facts, Tensors, Transform
+
+
+def clip(max_norm: float) -> Transform:
+    """Scale an update whose L2 norm over all its tensors is above `max_norm` down to it.
+
+    McMahan et al., Learning Differentially Private Recurrent Language Models, 2018
+    (arXiv:1710.06963), flat clipping: update * min(1, S / ||update||).
+    """
+    if max_norm <= 0:
+        raise FedllmError(f"transforms.clip: max_norm is {max_norm}; it must be above 0.")
+
+    def clipped(update: Tensors) -> dict[str, Tensor]:
+        scale = (max_norm / norm(update).clamp(min=1e-30)).clamp(max=1.0)
+        return {name: (value * scale).to(value.dtype) for name, value in update.items()}
+
+    def claim(facts: Facts) -> Facts:
+        return facts._replace(norm_bound=min(max_norm, facts.norm_bound or max_norm))
+
+    return Transform(
+        "clip", lambda update, memory, seed: (clipped(update), {}), lambda wire, like: clipped(wire), claim=claim
+    )

@@ -1,0 +1,1 @@
+"""Ways to supply `exchange`, and the run folder that survives a kill."""

@@ -1,0 +1,1 @@
+"""What happens where the data is: rows, splits, models, what is learned, tasks, local training."""
