@@ -1,0 +1,67 @@
+"""Examples, their order, and batches. Shape suffixes here and in all tensor code:
+
+B rows of a batch, T tokens, V vocabulary, C clients of a cohort, R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedllm.core.seeds import generator
+
+IGNORED = -100
+"""The label of a token that is not scored."""
+
+
+class Example(NamedTuple):
+    """One tokenised text; `labels` equals `input_ids` where a token is scored, else `IGNORED`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right, so that a causal model needs no mask: padding is never looked at."""
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+
+    @property
+    def tokens_B(self) -> Tensor:
+        """Scored tokens a row; the first of a row has nothing before it."""
+        return (self.labels_BT[:, 1:] != IGNORED).sum(1)
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+    """Pad the examples to the longest of them.
+
+    >>> collate([Example([5, 6], [-100, 6]), Example([7], [-100])], 0, torch.device("cpu")).input_ids_BT
+    tensor([[5, 6],
+            [7, 0]])
+    """
+    width = max(len(example.input_ids) for example in examples)
+    ids = [example.input_ids + [pad_id] * (width - len(example.input_ids)) for example in examples]
+    labels = [example.labels + [IGNORED] * (width - len(example.labels)) for example in examples]
+    return Batch(torch.tensor(ids, device=device), torch.tensor(labels, device=device))
+
+
+def draws(examples: Sequence[Example], batch_size: int, first: int, count: int, seed: int) -> Iterator[list[Example]]:
+    """Yield batches number `first` to `first + count` of an endless shuffled reading of the examples.
+
+    Every epoch has its own order, made from `seed`, and batches run across its end: a batch depends
+    only on its number, so a resumed run reads on where the straight run would.
+    """
+    order, epoch = list[int](), -1
+    for number in range(first, first + count):
+        rows = []
+        for position in range(number * batch_size, (number + 1) * batch_size):
+            if position // len(examples) != epoch:
+                epoch = position // len(examples)
+                shuffled = torch.randperm(len(examples), generator=generator(seed, "epoch", epoch))
+                order = shuffled.tolist()
+            rows.append(examples[order[position % len(examples)]])
+        yield rows

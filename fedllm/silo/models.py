@@ -1,0 +1,100 @@
+"""A model and its tokenizer by Hugging Face id, local folder, or one of the names that need no hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedllm.core.errors import FedllmError
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+class Loaded(NamedTuple):
+    """A causal language model with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def model_folder(name: str) -> str:
+    """Return the folder of a model that fedllm brings along, else the name itself."""
+    if name == SMOLLM2:
+        from fedllm.silo.smollm2 import smollm2_folder
+
+        return str(smollm2_folder())
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(name))
+    except (OSError, ValueError) as error:
+        raise FedllmError(no_model(name, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool = False) -> nn.Module:
+    """Load a causal language model, frozen, ready for a trainable to be attached."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise FedllmError(no_model(name, error)) from error
+    model.requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).eval()
+
+
+def no_model(name: str, error: Exception) -> str:
+    """Say that a model could not be loaded and what to give instead."""
+    if Path(name).is_dir():
+        reason = str(error).split("\n")[0].rstrip(".")
+        return f"The folder '{name}' is not a transformers model ({reason}); it needs config.json and weights."
+    return (
+        f"There is no model '{name}': not a local folder, and not to be had from the Hugging Face hub; give a folder, "
+        f"an id that you can reach, or '{SMOLLM2}'."
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device to compute on; `auto` takes CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise FedllmError(f"device is '{name}', which this machine does not have; use 'auto' or 'cpu'.") from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type to compute in; `auto` is bfloat16 where the device multiplies it fast, else float32."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name in known:
+        return known[name]
+    if name != "auto":
+        raise FedllmError(f"dtype is '{name}'; use 'auto', 'float32' or 'bfloat16'.")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_multiplies_bf16() else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Say whether the processor has bfloat16 instructions that torch uses."""
+    capabilities = torch.backends.cpu.get_cpu_capability(), getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    supported = capabilities[1]
+    return bool(supported and supported())

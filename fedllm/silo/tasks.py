@@ -1,0 +1,162 @@
+"""From rows to examples: instruction tuning, plain text, classification by label words."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from fedllm.core.errors import FedllmError
+from fedllm.silo.examples import IGNORED, Example
+from fedllm.silo.templates import Turn, render
+
+Row = Mapping[str, Any]
+
+
+class Prepared(NamedTuple):
+    """A silo's examples, and how many rows gave none because nothing of them could be scored."""
+
+    examples: list[Example]
+    skipped: int
+
+
+class Task(NamedTuple):
+    """What is learned from a row; `prepare(rows, where)` names `where` in its errors.
+
+    `label` is the column that says what kind of row it is, if there is one, and `words` what the
+    model may answer.
+    """
+
+    name: str
+    prepare: Callable[[Sequence[Row], str], Prepared]
+    label: str | None = None
+    words: Sequence[str] = ()
+
+
+def instruct(
+    tokenizer: Any,
+    *,
+    max_tokens: int = 512,
+    prompt: str = "prompt",
+    response: str = "response",
+    template: Literal["auto", "chat", "plain"] = "auto",
+) -> Task:
+    """Instruction tuning: the loss is on the responses only.
+
+    A row has `prompt` and `response` (or columns of your own names), or `messages`, or Alpaca's
+    `instruction`, `input`, `output`. `auto` takes the tokenizer's chat template if it has one.
+    Responses are cut at `max_tokens`; a row whose prompt alone is as long is skipped and counted.
+    """
+    if template == "chat" and not tokenizer.chat_template:
+        raise FedllmError("task.template is 'chat' but this tokenizer has no chat template; use template = 'plain'.")
+    chat = bool(tokenizer.chat_template) and template != "plain"
+
+    def prepare(rows: Sequence[Row], where: str) -> Prepared:
+        examples = []
+        for number, row in enumerate(rows, 1):
+            turns = conversation(row, prompt, response, f"{where}, row {number}")
+            example = tokenise(tokenizer, render(tokenizer, turns, chat), max_tokens)
+            if example:
+                examples.append(example)
+        return Prepared(examples, len(rows) - len(examples))
+
+    return Task("instruct", prepare)
+
+
+def conversation(row: Row, prompt: str, response: str, where: str) -> list[Turn]:
+    """Return the turns of a row in any of the three shapes."""
+    if isinstance(row.get("messages"), (list, tuple)) or hasattr(row.get("messages"), "tolist"):
+        turns = [Turn(str(message["role"]), str(message["content"])) for message in row["messages"]]
+        if not any(turn.role == "assistant" for turn in turns):
+            raise FedllmError(f"{where}: 'messages' has no message of role 'assistant'; remove the row or add one.")
+        return turns
+    if prompt in row and response in row:
+        return [Turn("user", str(row[prompt])), Turn("assistant", str(row[response]))]
+    if "instruction" in row and "output" in row:
+        extra = f"\n\n{row['input']}" if row.get("input") else ""
+        return [Turn("user", f"{row['instruction']}{extra}"), Turn("assistant", str(row["output"]))]
+    raise FedllmError(
+        f"{where}: no columns '{prompt}' and '{response}' (nor 'messages', nor 'instruction' and 'output') among "
+        f"{', '.join(sorted(row)) or 'none'}; name yours with task.prompt and task.response."
+    )
+
+
+def tokenise(tokenizer: Any, pieces: Sequence[tuple[str, bool]], max_tokens: int) -> Example | None:
+    """Tokenise the pieces as one text, scoring the tokens that end in a marked piece; None if no such token fits."""
+    if not tokenizer.is_fast:
+        raise FedllmError(f"{type(tokenizer).__name__} cannot say where its tokens stand; use the model's fast tokenizer.")
+    text = "".join(piece for piece, _ in pieces)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    scored, ends, place = list[bool](), list[int](), 0
+    for piece, mark in pieces:
+        place += len(piece)
+        ends.append(place)
+        scored.append(mark)
+    ids = encoded["input_ids"][:max_tokens]
+    marks = [scored[min(bisect_left(ends, end), len(ends) - 1)] for _, end in encoded["offset_mapping"]]
+    labels = [token if mark else IGNORED for token, mark in zip(ids, marks, strict=False)]
+    return Example(ids, labels) if any(label >= 0 for label in labels[1:]) else None
+
+
+def causal(tokenizer: Any, *, block: int = 256, text: str = "text") -> Task:
+    """Plain language modelling: texts joined by the end token and cut into blocks of `block` tokens."""
+
+    def prepare(rows: Sequence[Row], where: str) -> Prepared:
+        stream, skipped = list[int](), 0
+        for number, row in enumerate(rows, 1):
+            if text not in row:
+                raise FedllmError(
+                    f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; name yours with task.text."
+                )
+            ids = tokenizer(str(row[text]), add_special_tokens=False)["input_ids"]
+            skipped += not ids
+            stream += [*ids, tokenizer.eos_token_id] if ids else []
+        blocks = [stream[start : start + block] for start in range(0, len(stream), block)]
+        return Prepared([Example(ids, ids) for ids in blocks if len(ids) > 1], skipped)
+
+    return Task("causal", prepare)
+
+
+def classify(
+    tokenizer: Any,
+    *,
+    text: str = "text",
+    label: str = "label",
+    words: Mapping[str, str] | None = None,
+    template: str = "{text}\nLabel:",
+    max_tokens: int = 512,
+) -> Task:
+    """Classification by label words: after the template the model says the word of the label.
+
+    `words` maps a label to its word (the label itself if absent); a word may be several tokens.
+    """
+    if "{text}" not in template:
+        raise FedllmError("task.template has no {text}; put it where the row's text goes.")
+
+    def prepare(rows: Sequence[Row], where: str) -> Prepared:
+        examples = []
+        for number, row in enumerate(rows, 1):
+            for column in (text, label):
+                if column not in row:
+                    raise FedllmError(
+                        f"{where}, row {number}: no column '{column}' among {', '.join(sorted(row))}; name yours "
+                        "with task.text and task.label."
+                    )
+            asked = template.replace("{text}", str(row[text]))
+            pieces = [(asked, False), (label_word(str(row[label]), words), True)]
+            example = tokenise(tokenizer, pieces, sys.maxsize)
+            if example and len(example.input_ids) <= max_tokens:
+                examples.append(example)
+        return Prepared(examples, len(rows) - len(examples))
+
+    return Task("classify", prepare, label, tuple(words.values()) if words else ())
+
+
+def label_word(label: str, words: Mapping[str, str] | None) -> str:
+    """Return what the model says for a label, with the space before it that a word has in running text."""
+    if words is None:
+        return f" {label}"
+    if label not in words:
+        raise FedllmError(f"task.words has no word for the label '{label}'; it knows {', '.join(sorted(words))}.")
+    return f" {words[label]}"

@@ -1,0 +1,177 @@
+"""What is learned: all weights, or a small part through `peft`. The result is an ordinary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedllm.core.errors import FedllmError, nearest
+from fedllm.core.seeds import derive
+from fedllm.core.types import Tensors
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+NOT_AVERAGED = {
+    "ADALORA": "each silo would prune other ranks",
+    "XLORA": "it mixes adapters that exist already",
+    "ADAPTION_PROMPT": "its gates are zero-dimensional and live outside of a state dict",
+}
+"""Methods of peft whose parameters have no meaningful mean, and why."""
+
+
+class Trainable(NamedTuple):
+    """What is learned.
+
+    `attach(model, seed)` returns the model in which exactly the trained parameters require a
+    gradient. `base(model)` is a context in which the model answers as before training, for the
+    parameters it had then. `merge(model)` returns the plain model with what was learned inside.
+    """
+
+    name: str
+    attach: Callable[[nn.Module, int], nn.Module]
+    base: Callable[[nn.Module], AbstractContextManager[Any]]
+    merge: Callable[[nn.Module], nn.Module]
+    adapter: bool
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are learned, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def write(params: dict[str, nn.Parameter], tensors: Tensors) -> None:
+    """Copy tensors into the trained parameters, which must be exactly those."""
+    if params.keys() != tensors.keys():
+        odd = sorted(params.keys() ^ tensors.keys())[0]
+        raise FedllmError(f"The model does not train what was sent (first odd name: '{odd}'); use the run's own recipe.")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            params[name].copy_(value)
+
+
+def full() -> Trainable:
+    """Train all weights, kept in float32 whatever type they are computed in."""
+
+    def attach(model: nn.Module, seed: int) -> nn.Module:
+        return model.float().requires_grad_(True)
+
+    return Trainable("full", attach, lambda model: nullcontext(), lambda model: model, adapter=False)
+
+
+def lora(
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    rslora: bool = False,
+) -> Trainable:
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): W + alpha / r * B A; by default on the attention projections."""
+    return peft_method(
+        "LORA", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, use_rslora=rslora
+    )
+
+
+def dora(
+    r: int = 8, alpha: float = 16, dropout: float = 0.0, target_modules: Sequence[str] | str | None = None
+) -> Trainable:
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): LoRA on the direction of W, and its magnitude learned apart."""
+    return peft_method(
+        "LORA", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, use_dora=True
+    )
+
+
+def ia3(target_modules: Sequence[str] | None = None, feedforward_modules: Sequence[str] | None = None) -> Trainable:
+    """IA3 (Liu et al. 2022, arXiv:2205.05638): learned scales of keys, values and feed-forward activations."""
+    return peft_method("IA3", target_modules=target_modules, feedforward_modules=feedforward_modules)
+
+
+def prefix(tokens: int = 16) -> Trainable:
+    """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): learned keys and values before every layer's own."""
+    return peft_method("PREFIX_TUNING", num_virtual_tokens=tokens)
+
+
+def prompt(tokens: int = 16) -> Trainable:
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): learned embeddings before the text's own."""
+    return peft_method("PROMPT_TUNING", num_virtual_tokens=tokens)
+
+
+def p_tuning(tokens: int = 16, hidden: int = 128) -> Trainable:
+    """P-tuning (Liu et al. 2021, arXiv:2103.10385): a prompt made by a small encoder, which is what is learned."""
+    return peft_method("P_TUNING", num_virtual_tokens=tokens, encoder_hidden_size=hidden)
+
+
+def peft_method(method: str, **config: Any) -> Trainable:
+    """Any method of `peft` whose parameters can be averaged; `config` is that of its config class."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds = {str(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method not in kinds:
+        raise FedllmError(f"trainable.method '{method}' is not one of peft's; {nearest(method, kinds)}")
+    if method in NOT_AVERAGED:
+        raise FedllmError(f"trainable.method '{method}' cannot be averaged: {NOT_AVERAGED[method]}; use 'lora'.")
+    known = kinds[method].__dataclass_fields__
+    for key in config:
+        if key not in known:
+            raise FedllmError(f"trainable.{key} is not a setting of peft's {method}; {nearest(key, known)}")
+    if "task_type" in known:
+        config.setdefault("task_type", "CAUSAL_LM")
+
+    def attach(model: nn.Module, seed: int) -> nn.Module:
+        from peft import get_peft_model
+
+        settings = with_targets(config, model) if "target_modules" in known else config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "attach"))
+            try:
+                # A copy, since peft writes into the lists that it is given.
+                return get_peft_model(model, kinds[method](**settings))
+            except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+                raise FedllmError(misfit(method, model, error)) from error
+
+    return Trainable(
+        method.lower(), attach, lambda model: model.disable_adapter(), lambda model: merge(method, model), True
+    )
+
+
+def with_targets(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Aim at the attention projections where the recipe names no target and the model has them."""
+    suffixes = linear_suffixes(model)
+    if config.get("target_modules") is None and set(ATTENTION) <= suffixes and "feedforward_modules" not in config:
+        return {**config, "target_modules": list(ATTENTION)}
+    target = config.get("target_modules")
+    return {**config, "target_modules": list(target) if isinstance(target, tuple) else target}
+
+
+def linear_suffixes(model: nn.Module) -> set[str]:
+    """Return the last part of the names of the model's linear layers."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+
+
+def misfit(method: str, model: nn.Module, error: Exception) -> str:
+    """Say in one sentence that a method does not fit a model."""
+    first = str(error).split(". ")[0].split("\n")[0].strip(". ")
+    return (
+        f"peft's {method} does not fit {type(model).__name__} ({first}); set trainable.target_modules to some of: "
+        f"{', '.join(sorted(linear_suffixes(model)))}."
+    )
+
+
+def merge(method: str, model: nn.Module) -> nn.Module:
+    """Fold an adapter into the weights, or say that a soft prompt has no place there."""
+    if not hasattr(model, "merge_and_unload"):
+        raise FedllmError(f"A {method} adapter has no weights to merge into; use the run's adapter folder instead.")
+    return model.merge_and_unload()
+
+
+def export(model: nn.Module, folder: Path) -> None:
+    """Write what was learned as an ordinary peft (or transformers) folder, in safetensors."""
+    model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
