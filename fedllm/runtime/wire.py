@@ -1,0 +1,115 @@
+"""Messages as bytes: safetensors with a JSON header, never pickle; nothing that a peer says is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedllm.core.errors import Refused
+from fedllm.core.types import Reply, Request, Scalars, Tensors
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def pack(tensors: Tensors, head: Mapping[str, Any]) -> bytes:
+    """Return tensors and a JSON-able head as one safetensors message; bf16 stays bf16."""
+    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return save(own, {"fedllm": json.dumps(head, sort_keys=True)})
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the head of a message, or raise `Refused`."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        head = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedllm"])
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise Refused(f"its bytes are not a message ({type(error).__name__})") from error
+    if not isinstance(head, dict):
+        raise Refused("the head of its message is not an object")
+    return tensors, head
+
+
+def pack_request(request: Request) -> bytes:
+    """Return a request as bytes."""
+    return pack(request.tensors, request_head(request))
+
+
+def unpack_request(data: bytes) -> Request:
+    """Return the request in a message, or raise `Refused`."""
+    tensors, head = unpack(data)
+    try:
+        return Request(
+            str(head["client"]), int(head["round"]), str(head["op"]), tensors, numbers(head["scalars"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused(f"its message is not a request ({error})") from error
+
+
+def pack_reply(reply: Reply) -> bytes:
+    """Return a reply as bytes."""
+    return pack(reply.tensors, reply_head(reply))
+
+
+def unpack_reply(data: bytes) -> Reply:
+    """Return the reply in a message, or raise `Refused`."""
+    tensors, head = unpack(data)
+    try:
+        return Reply(
+            str(head["client"]), int(head["round"]), tensors, float(head["weight"]), numbers(head["scalars"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused(f"its message is not a reply ({error})") from error
+
+
+def numbers(scalars: Any) -> Scalars:
+    """Return the scalars of a head as floats."""
+    if not isinstance(scalars, dict):
+        raise ValueError("its scalars are not an object")
+    return {str(key): float(value) for key, value in scalars.items()}
+
+
+def request_head(request: Request) -> dict[str, Any]:
+    """Return what a request's message says beside its tensors."""
+    return {"client": request.client, "round": request.round, "op": request.op, "scalars": dict(request.scalars)}
+
+
+def reply_head(reply: Reply) -> dict[str, Any]:
+    """Return what a reply's message says beside its tensors."""
+    return {
+        "client": reply.client,
+        "round": reply.round,
+        "weight": reply.weight,
+        "scalars": dict(reply.scalars),
+    }
+
+
+def message_bytes(tensors: Tensors, head: Mapping[str, Any]) -> int:
+    """Return the length of `pack(tensors, head)` without making it."""
+    entries, place = {}, 0
+    # safetensors lays tensors out by falling size of their type, then by name.
+    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = place + value.numel() * value.element_size()
+        entries[name] = {"dtype": CODES[value.dtype], "shape": list(value.shape), "data_offsets": [place, end]}
+        place = end
+    header = {"__metadata__": {"fedllm": json.dumps(head, sort_keys=True)}, **entries}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + 8 * math.ceil(len(text) / 8) + place
