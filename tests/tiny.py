@@ -42,7 +42,7 @@ def tiny_tokenizer(chat: bool = False, merges: int = 48) -> PreTrainedTokenizerF
 
 
 def tiny_model(
-    vocab: int = 320, seed: int = 0, layers: int = 2, hidden: int = 32, heads: int = 4
+    vocab: int = 307, seed: int = 0, layers: int = 2, hidden: int = 32, heads: int = 4
 ) -> LlamaForCausalLM:
     """Return a seeded Llama, frozen and in eval mode; float32."""
     config = LlamaConfig(

@@ -119,7 +119,8 @@ def traffic(run: Run) -> Figure | None:
         for key, name, colour in looks
     ]
     x = rounds_axis(numbers)
-    return figure(f"{word} per round, all silos together", "", traces, 270, x=x, y=axis(word), bargap=0.35)
+    title = f"{word} per round, all silos together"
+    return figure(title, "", traces, 270, x=x, y=axis(word), bargap=0.35, bargroupgap=0.12)
 
 
 def aggregation_error(run: Run) -> Figure | None:
@@ -139,4 +140,4 @@ def aggregation_error(run: Run) -> Figure | None:
         }
     top = max(100 * value for value in values) or 1.0
     x, y = rounds_axis(numbers), axis("relative error (%)", range=[0, top * 1.25])
-    return figure("LoRA aggregation error per round", "", [trace], 240, x=x, y=y)
+    return figure("Relative error in each round", "", [trace], 240, x=x, y=y)

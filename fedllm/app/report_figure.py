@@ -53,16 +53,33 @@ def figure(
     return Figure(title, caption, key, {"data": traces, "layout": shape})
 
 
+def folded(name: Any) -> str:
+    """Return a name for an axis, a long one on two lines, so that a phone has room left for the plot.
+
+    >>> folded("<b> St Mary's Hospital")
+    "&lt;b&gt; St Mary's<br>Hospital"
+    """
+    text = plain(name, 28)
+    if len(text) <= 14:
+        return label(text)
+    middle = len(text) // 2
+    near = [place for place in range(middle - 5, middle + 6) if text[place] in " _-/."]
+    cut = min(near, key=lambda place: abs(place - middle)) + 1 if near else middle
+    return f"{label(text[:cut])}<br>{label(text[cut:])}"
+
+
 def axis(title: str = "", **more: Any) -> dict[str, Any]:
     """Return an axis in the report's style."""
-    style = {"gridcolor": GRID, "zeroline": False, "automargin": True, "fixedrange": True, "ticks": ""}
-    return style | {"title": {"text": title, "standoff": 8}} | more
+    grid = {"gridcolor": GRID, "zerolinecolor": "rgba(128,128,128,0.6)", "zerolinewidth": 1}
+    style = {"automargin": True, "fixedrange": True, "ticks": "", "ticklabelstandoff": 3}
+    return grid | style | {"title": {"text": title, "standoff": 14, "font": {"size": 12}}} | more
 
 
 def names_axis(silos: list[str], **more: Any) -> dict[str, Any]:
     """Return an axis with one place per silo: by number, so that equal or number-like names stay apart."""
-    places = {"tickvals": list(range(len(silos))), "ticktext": [label(name) for name in silos]}
-    return axis(**places, showgrid=False, **more)
+    texts = [folded(name) for name in silos]
+    places = list(range(len(silos)))
+    return axis(tickvals=places, ticktext=texts, showgrid=False, zeroline=False, **more)
 
 
 def rounds_axis(numbers: list[int]) -> dict[str, Any]:
@@ -70,7 +87,11 @@ def rounds_axis(numbers: list[int]) -> dict[str, Any]:
     step = max(1, math.ceil((numbers[-1] - numbers[0]) / 10))
     ticks = list(range(numbers[0], numbers[-1] + 1, step))
     return axis(
-        "round", tickvals=ticks, ticktext=["base" if n == 0 else str(n) for n in ticks], showgrid=False
+        "round",
+        tickvals=ticks,
+        ticktext=["base" if n == 0 else str(n) for n in ticks],
+        showgrid=False,
+        zeroline=False,
     )
 
 

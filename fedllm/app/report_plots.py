@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from statistics import quantiles
-from typing import Any
 
 from fedllm.app.report_data import Comparison, Losses, Run, losses, mean
 from fedllm.app.report_figure import (
@@ -14,14 +13,17 @@ from fedllm.app.report_figure import (
     axis,
     bars,
     figure,
+    folded,
     label,
     line,
     names_axis,
     outline,
     rounds_axis,
 )
-from fedllm.app.report_words import everyone_means, number, plain
+from fedllm.app.report_words import everyone_means, number
 
+LOWER, HIGHER = "#e0a545", "#7ba4e8"
+"""Against the federated loss: lighter than the conditions' colours, so that a number can be read on them."""
 LINES = 10
 """Up to so many silos have a line each."""
 
@@ -56,9 +58,18 @@ def comparison(found: Comparison) -> Figure | None:
     top = max(value for values in shown.values() for value in values.values())
     each = 17 if len(silos) <= 8 else 13
     height = len(silos) * (len(shown) * each + 14) + 56
-    x = axis("held-out loss (nats per token), lower is better", range=[0, top * 1.13])
+    x = axis("held-out loss", range=[0, top * 1.16])
     y = names_axis(silos, autorange="reversed")
-    return figure("Held-out loss per silo", "", traces, height, x=x, y=y, bargap=0.2, bargroupgap=0.06)
+    return figure(
+        "Held-out loss per silo",
+        "In nats per token; lower is better.",
+        traces,
+        height,
+        x=x,
+        y=y,
+        bargap=0.2,
+        bargroupgap=0.06,
+    )
 
 
 def gains(found: Comparison) -> Figure | None:
@@ -93,27 +104,27 @@ def gains(found: Comparison) -> Figure | None:
 
 
 def matrix(found: Comparison) -> Figure | None:
-    """Plot the lone models on everyone's text: the loss as text, the distance to the federated one as colour."""
+    """Plot the lone models on everyone's text: the colour is the distance to the federated one."""
     columns = list(found.federated) or found.silos()
     rows = [name for name in found.everywhere if any(c in found.everywhere[name] for c in columns)]
     if not rows or (len(rows) == 1 and rows == columns):
         return None
     if len(columns) > FEW or len(rows) > FEW:
         return everyone(found)
-    models: list[tuple[str, Losses]] = [(label(name), found.everywhere[name]) for name in rows]
+    models: list[tuple[str, Losses]] = [(folded(name), found.everywhere[name]) for name in rows]
     models += [(n, v) for n, v in (("federated", found.federated), ("pooled", found.pooled)) if v]
     models = [(f"<i>{name}</i>" if place >= len(rows) else name, v) for place, (name, v) in enumerate(models)]
     cells = [[values.get(column) for column in columns] for _, values in models]
     known = found.federated if found.federated else dict.fromkeys(columns, 0.0)
     z = [[minus(value, known.get(c)) for value, c in zip(row, columns, strict=True)] for row in cells]
     reach = max([abs(v) for row in z for v in row if v is not None] + [0.02])
-    scale = [[0, COLOURS["alone"]], [0.5, "#f1f2f4"], [1, COLOURS["federated"]]]
+    scale = [[0, LOWER], [0.5, "#f1f2f4"], [1, HIGHER]]
     trace = {
         "type": "heatmap",
         "z": z,
         "text": [[number(value) for value in row] for row in cells],
         "texttemplate": "%{text}" if len(columns) <= 9 else "",
-        "textfont": {"size": 12 if len(columns) <= 6 else 10},
+        "textfont": {"color": "#1c2026", "size": 12 if len(columns) <= 6 else 10},
         "hovertemplate": "loss %{text}, %{z:+.3f} against federated<extra></extra>",
         "colorscale": scale,
         "zmin": -reach,
@@ -122,18 +133,18 @@ def matrix(found: Comparison) -> Figure | None:
         "xgap": 2,
         "ygap": 2,
     }
-    long = sum(len(plain(name, 22)) for name in columns) > 34
-    x = names_axis(columns, side="top", tickangle=-40 if long else 0)
+    x = names_axis(columns, side="top", tickangle="auto", autotickangles=[0, -90])
     y = axis(
         tickvals=list(range(len(models))),
         ticktext=[name for name, _ in models],
         autorange="reversed",
         showgrid=False,
+        zeroline=False,
     )
     made = figure(
-        "Trained by (row), tested on the text of (column)", "", [trace], 70 + 34 * len(models), x=x, y=y
+        "Trained by (row), tested on the text of (column)", "", [trace], 110 + 32 * len(models), x=x, y=y
     )
-    colours = [("better than federated", COLOURS["alone"]), ("worse than federated", COLOURS["federated"])]
+    colours = [("lower loss than federated", LOWER), ("higher loss than federated", HIGHER)]
     return made._replace(key=colours if found.federated else [])
 
 
@@ -177,7 +188,7 @@ def history(run: Run) -> Figure | None:
         traces = [
             line(
                 label(name, 40),
-                SERIES[place % len(SERIES)],
+                SERIES[1 + place],
                 numbers,
                 [values.get(name) for _, values in points],
             )

@@ -8,6 +8,8 @@ from typing import Any
 
 from fedllm.app.report_data import Comparison, Losses, Run, is_number, mean
 
+NONE = "\N{EN DASH}"
+"""What stands in a table where there is no number."""
 NAMED = 4
 """The most silos that a sentence names; beyond it, it counts them."""
 
@@ -15,14 +17,14 @@ NAMED = 4
 def number(value: Any, digits: int = 2) -> str:
     """Write a number with thousands separated, or a dash for none."""
     if not is_number(value):
-        return "–"
+        return NONE
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def perplexity(loss: Any) -> str:
     """Write exp(loss) with three or four significant digits."""
     if not is_number(loss):
-        return "–"
+        return NONE
     if loss > 16:
         return f"e^{loss:.1f}"
     value = math.exp(loss)
@@ -49,7 +51,7 @@ def size(count: Any) -> str:
     '3.69 MB'
     """
     if not is_number(count):
-        return "–"
+        return NONE
     unit, name = unit_of(count)
     return f"{count / unit:.3g} {name}"
 
@@ -69,7 +71,7 @@ def duration(seconds: Any) -> str:
     ('3 min 20 s', '7.0 s', '2 h 2 min')
     """
     if not is_number(seconds):
-        return "–"
+        return NONE
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
     minutes, rest = divmod(round(seconds), 60)
@@ -172,12 +174,14 @@ def personal(found: Comparison) -> str:
         listed = [
             f"{plain(n)} ({own} alone against {fed})" for n, (own, fed) in zip(names, pairs, strict=True)
         ]
-        return f"{spoken(listed)} would still gain from a personal model on {'its' if len(names) == 1 else 'their'} own text."
+        whose = "its" if len(names) == 1 else "their"
+        return f"On {whose} own text, a personal model would still be better for {spoken(listed)}."
     worst = names[0]
     own, fed = apart(found.alone[worst], found.federated[worst])
+    some = counted(len(names), len(compared))
     return (
-        f"{counted(len(names), len(compared)).capitalize()} would still gain from a personal model on their own "
-        f"text, {plain(worst)} most ({own} alone against {fed})."
+        f"{some[0].upper()}{some[1:]} would still gain from a personal model on their own text, "
+        f"{plain(worst)} most ({own} alone against {fed})."
     )
 
 

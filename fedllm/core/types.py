@@ -94,6 +94,8 @@ class Work(NamedTuple):
 
     client: Client
     cohort: Cohort | None = None
+    steps: Callable[[Dataset], int] = lambda data: 1
+    """Steps that a client with this data takes in a round."""
 
 
 class Facts(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core.seeds import derive
-from fedllm.core.types import Request, Silo, Tensors
+from fedllm.core.types import Dataset, Request, Silo, Tensors
 from fedllm.silo.examples import collate, draws
 from fedllm.silo.objective import Objective
 
@@ -37,11 +37,11 @@ class Fit(NamedTuple):
     tokens_C: list[int]
 
 
-def step_count(settings: Settings, silo: Silo) -> int:
-    """Return the number of steps that a silo takes in a round."""
+def step_count(settings: Settings, data: Dataset) -> int:
+    """Return the number of steps that a silo with this data takes in a round."""
     if settings.epochs is None:
         return settings.steps or 0
-    return math.ceil(settings.epochs * len(silo.data["train"]) / settings.batch_size)
+    return math.ceil(settings.epochs * len(data["train"]) / settings.batch_size)
 
 
 def fit(
@@ -60,7 +60,7 @@ def fit(
     each one's gradient is exactly its own; clipping is per member.
     """
     device = next(iter(params.values())).device
-    steps, clients = step_count(settings, members[0][1]), len(members)
+    steps, clients = step_count(settings, members[0][1].data), len(members)
     streams = [
         draws(
             silo.data["train"], settings.batch_size, request.round * steps, steps, derive(silo.seed, "order")

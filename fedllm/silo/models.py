@@ -56,6 +56,18 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, checkpointin
     return model.to(device).eval()
 
 
+def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """Return the model's shapes without its weights, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(name)), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise FedllmError(no_model(name, error)) from error
+    return model.requires_grad_(False).eval()
+
+
 def no_model(name: str, error: Exception) -> str:
     """Say that a model could not be loaded and what to give instead."""
     if Path(name).is_dir():
@@ -95,6 +107,5 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_multiplies_bf16() -> bool:
     """Say whether the processor has bfloat16 instructions that torch uses."""
-    capabilities = torch.backends.cpu.get_cpu_capability(), getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    supported = capabilities[1]
-    return bool(supported and supported())
+    checks = (getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile"))
+    return any(check is not None and check() for check in checks)

@@ -24,14 +24,15 @@ class Prepared(NamedTuple):
 class Task(NamedTuple):
     """What is learned from a row; `prepare(rows, where)` names `where` in its errors.
 
-    `label` is the column that says what kind of row it is, if there is one, and `words` what the
-    model may answer.
+    `label` is the column that says what kind of row it is, if there is one, `words` what the model
+    may answer, and `cue` the text that stands before the answer of every row.
     """
 
     name: str
     prepare: Callable[[Sequence[Row], str], Prepared]
     label: str | None = None
     words: Sequence[str] = ()
+    cue: str = ""
 
 
 def instruct(
@@ -150,7 +151,8 @@ def classify(
                 examples.append(example)
         return Prepared(examples, len(rows) - len(examples))
 
-    return Task("classify", prepare, label, tuple(words.values()) if words else ())
+    cue = template.rpartition("{text}")[2]
+    return Task("classify", prepare, label, tuple(words.values()) if words else (), cue)
 
 
 def label_word(label: str, words: Mapping[str, str] | None) -> str:
@@ -160,3 +162,13 @@ def label_word(label: str, words: Mapping[str, str] | None) -> str:
     if label not in words:
         raise FedllmError(f"task.words has no word for the label '{label}'; it knows {', '.join(sorted(words))}.")
     return f" {words[label]}"
+
+
+def word_tokens(tokenizer: Any, task: Task) -> list[tuple[int, ...]]:
+    """Return the tokens of each of a task's words, as they are cut after its cue."""
+    found = []
+    for word in dict.fromkeys(task.words):
+        example = tokenise(tokenizer, [(task.cue or ".", False), (f" {word}", True)], sys.maxsize)
+        if example:
+            found.append(tuple(label for label in example.labels if label != IGNORED))
+    return found

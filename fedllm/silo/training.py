@@ -79,7 +79,7 @@ def local_training(
             for place, (request, silo) in enumerate(members)
         ]
 
-    return Work(client, by_equal_steps(cohort, settings))
+    return Work(client, by_equal_steps(cohort, settings), lambda data: step_count(settings, data))
 
 
 def by_equal_steps(cohort: Cohort, settings: Settings) -> Cohort:
@@ -88,7 +88,7 @@ def by_equal_steps(cohort: Cohort, settings: Settings) -> Cohort:
     def grouped(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         groups: dict[int, list[int]] = {}
         for place, (_, silo) in enumerate(members):
-            groups.setdefault(step_count(settings, silo), []).append(place)
+            groups.setdefault(step_count(settings, silo.data), []).append(place)
         answers = {
             place: each
             for places in groups.values()

@@ -1,0 +1,151 @@
+"""From a recipe to the parts of a run, cheap checks first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedllm.app.catalog import make
+from fedllm.app.config import Recipe
+from fedllm.app.data import Silos, open_shards
+from fedllm.core.errors import FedllmError
+from fedllm.core.plan import Plan, plan
+from fedllm.core.round import averaging
+from fedllm.core.seeds import derive
+from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
+from fedllm.exchange.lora_error import lora_error
+from fedllm.silo.cohort import stackable
+from fedllm.silo.evaluate import held_out
+from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
+from fedllm.silo.objective import Objective, causal_loss
+from fedllm.silo.tasks import Task
+from fedllm.silo.trainables import Trainable, trained
+from fedllm.silo.width import cohort_width
+
+
+class Parts(NamedTuple):
+    """All that a run is made of."""
+
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: Any
+    task: Task
+    silos: Silos
+    trainable: Trainable
+    model: nn.Module
+    params: Tensors
+    objective: Objective
+    select: Select
+    algorithm: Algorithm
+    evaluator: Client
+    plan: Plan
+    width: int
+    """Clients trained as one batch; 1 is one by one."""
+
+    def work(self, **changes: Any) -> Work:
+        """Return the recipe's local training, with other settings where given."""
+        return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+
+    def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
+        """Return the function that opens a silo by name; `tick` hears of every step."""
+        seed = self.recipe.seed
+        return lambda name: Silo(
+            name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick
+        )
+
+
+def build(recipe: Recipe, weights: bool = True) -> Parts:
+    """Build a run's parts; without `weights` the model has shapes only, enough for a plan.
+
+    Raises `FedllmError` for whatever does not fit, before anything is trained.
+    """
+    quiet_libraries()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device)
+    tokenizer = load_tokenizer(recipe.model)
+    task = make("task", recipe.task, tokenizer)
+    trainable = make("trainable", recipe.trainable)
+    silos = Silos(open_shards(recipe), task)
+    select = make("select", recipe.select, silos.names, seed=recipe.seed)
+
+    # Weights that are trained stay in float32, whatever type they are computed in.
+    kept = dtype if trainable.adapter else torch.float32
+    if weights:
+        base = load_model(recipe.model, device, kept, recipe.gradient_checkpointing)
+    else:
+        base = empty_model(recipe.model, kept)
+    model = trainable.attach(base, recipe.seed)
+    objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
+    params = {name: value.detach().clone() for name, value in trained(model).items()}
+    if device.type == "mps":
+        params = {name: value.cpu() for name, value in params.items()}
+
+    work = make_work(recipe, objective, tokenizer)
+    factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
+    algorithm = averaging(
+        work=work,
+        select=select,
+        aggregate=make("aggregate", recipe.aggregate),
+        optimiser=make("optimiser", recipe.optimiser),
+        transforms=[make("transforms", part) for part in recipe.transforms],
+        probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
+    )
+    evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
+    fitting = plan(algorithm, params)
+    width = choose_width(recipe, model, silos, algorithm, device)
+    return Parts(
+        recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
+        evaluator, fitting, width,
+    )  # fmt: skip
+
+
+def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:
+    """Return a recipe's local training, with other settings where given."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
+    return make("client", part, objective, pad)
+
+
+def choose_width(
+    recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device
+) -> int:
+    """Return how many clients train as one batch."""
+    fits = algorithm.cohort is not None and stackable(model)
+    if recipe.runtime == "cohort" and not fits:
+        raise FedllmError(
+            "runtime is 'cohort', which trains plain LoRA without dropout on linear layers; use runtime = 'auto' or "
+            "trainable.name = 'lora' with dropout = 0."
+        )
+    if recipe.runtime == "local" or not fits:
+        return 1
+    rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
+    lengths = sorted(len(example.input_ids) for example in silos.examples(silos.names[0])["train"])
+    width = cohort_width(model, rows, lengths[len(lengths) * 3 // 4], device)
+    return max(2, width) if recipe.runtime == "cohort" else width
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices out of ours."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with contextlib.suppress(ImportError):
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()

@@ -1,0 +1,91 @@
+"""What a recipe can name: one literal dict from kind and name to function.
+
+A recipe's keys are the keyword arguments of the functions here; there is no other schema.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fedllm.core import aggregate, optimisers
+from fedllm.core.errors import FedllmError, nearest
+from fedllm.exchange import cast, clip, select, top_k
+from fedllm.silo import partition, tasks, trainables, training
+
+CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
+    "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
+    "trainable": {
+        "full": trainables.full,
+        "lora": trainables.lora,
+        "dora": trainables.dora,
+        "ia3": trainables.ia3,
+        "prefix": trainables.prefix,
+        "prompt": trainables.prompt,
+        "p_tuning": trainables.p_tuning,
+        "peft": trainables.peft_method,
+    },
+    "client": {"local_training": training.local_training},
+    "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
+    "aggregate": {"mean": aggregate.mean},
+    "optimiser": {
+        "fedavg": optimisers.fedavg,
+        "fedavgm": optimisers.fedavgm,
+        "fedadagrad": optimisers.fedadagrad,
+        "fedadam": optimisers.fedadam,
+        "fedyogi": optimisers.fedyogi,
+    },
+    "transforms": {"clip": clip.clip, "cast": cast.cast, "top_k": top_k.top_k},
+    "partition": {
+        "by_column": partition.by_column,
+        "iid": partition.iid,
+        "dirichlet": partition.dirichlet,
+        "quantity": partition.quantity,
+    },
+}
+
+
+def make(kind: str, part: Mapping[str, Any], *bound: Any, **offered: Any) -> Any:
+    """Call the function that a recipe's table names, its first arguments `bound` by us.
+
+    `offered` are arguments that are used where the function takes them and the recipe is silent
+    (the seed). Raises `FedllmError` for an unknown name or key, with the nearest known one, and
+    for a value of the wrong type.
+    """
+    keys = dict(part)
+    name = keys.pop("name")
+    if name not in CATALOG[kind]:
+        raise FedllmError(f"{kind}.name '{name}' is unknown; {nearest(str(name), CATALOG[kind])}")
+    function = CATALOG[kind][name]
+    known = schema(function, len(bound))
+    anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    for key, value in keys.items():
+        if key in known:
+            keys[key] = checked(f"{kind}.{key}", value, known[key])
+        elif not anything:
+            raise FedllmError(f"{kind}.{key} is not a setting of '{name}'; {nearest(key, known)}")
+    return function(*bound, **{key: value for key, value in offered.items() if key in known}, **keys)
+
+
+def schema(function: Callable[..., Any], bound: int) -> dict[str, Any]:
+    """Return the types of a function's settings: its parameters without the first `bound` ones."""
+    hints = typing.get_type_hints(function)
+    names = [
+        name
+        for name, parameter in list(inspect.signature(function).parameters.items())[bound:]
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    return {name: hints.get(name, Any) for name in names}
+
+
+def checked(where: str, value: Any, hint: Any) -> Any:
+    """Return the value as the type that is asked for, or say what is wrong with it."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise FedllmError(f"{where} is {value!r}; {reason[0].lower()}{reason[1:]}.") from error

@@ -1,0 +1,169 @@
+"""A recipe: what a run is, as TOML. Its tables name functions; their keys are the functions' arguments."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedllm.core.errors import FedllmError, nearest
+
+
+class Closed(BaseModel):
+    """A table whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiloFiles(Closed):
+    """One silo's text: `train`, and `test` if it is apart; else a part of `train` is held out."""
+
+    train: str
+    test: str | None = None
+
+
+class Data(Closed):
+    """How the silos' rows become examples."""
+
+    root: str = "."
+    """Folder that relative paths start from."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of a silo's rows that is only for evaluation, where it gives no test file."""
+    limit_train: int | None = Field(None, gt=0)
+    limit_test: int | None = Field(64, gt=0)
+    """Rows of a silo that are used at most; test rows cost time in every round."""
+
+
+class Evaluate(Closed):
+    """What is measured beside the federated model's held-out loss."""
+
+    every: int = Field(1, gt=0)
+    """Rounds between two looks at the held-out text; the last round is always looked at."""
+    batch_size: int = Field(16, gt=0)
+    alone: bool = True
+    """Train each silo alone with the same budget."""
+    pooled: bool = False
+    """Train on everything in one place: only where the texts may be shared."""
+    choice: dict[str, str] = {}
+    """Multiple-choice files by name, scored before and after."""
+    exact: dict[str, str] = {}
+    """Files of prompts and answers by name, answered and matched before and after."""
+    limit: int = Field(100, gt=0)
+    """Rows of those files that are used at most."""
+
+
+class Recipe(Closed):
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    rounds: int = Field(3, ge=0)
+    model: str = "smollm2-135m-instruct"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    runtime: Literal["auto", "local", "cohort"] = "auto"
+    threads: int | None = Field(None, gt=0)
+    gradient_checkpointing: bool = False
+    silos: dict[str, SiloFiles] = {}
+    partition: dict[str, Any] | None = None
+    data: Data = Data()
+    evaluate: Evaluate = Evaluate()
+    task: dict[str, Any] = {"name": "instruct"}
+    trainable: dict[str, Any] = {"name": "lora"}
+    client: dict[str, Any] = {"name": "local_training"}
+    select: dict[str, Any] = {"name": "everyone"}
+    aggregate: dict[str, Any] = {"name": "mean"}
+    optimiser: dict[str, Any] = {"name": "fedavg"}
+    transforms: list[dict[str, Any]] = []
+
+    @field_validator("silos", mode="before")
+    @classmethod
+    def _short_form(cls, silos: Any) -> Any:
+        if not isinstance(silos, Mapping):
+            return silos
+        return {name: {"train": files} if isinstance(files, str) else files for name, files in silos.items()}
+
+    @field_validator("client", mode="before")
+    @classmethod
+    def _only_client(cls, client: Any) -> Any:
+        return {"name": "local_training", **client} if isinstance(client, Mapping) else client
+
+
+def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a TOML file or a mapping, with `key.path=value` settings over it."""
+    if isinstance(source, Recipe):
+        return source
+    where = "the recipe" if isinstance(source, Mapping) else str(source)
+    table = dict(source) if isinstance(source, Mapping) else read_toml(Path(source))
+    for setting in settings:
+        table = with_setting(table, setting)
+    for kind in ("task", "trainable", "select", "aggregate", "optimiser", "partition"):
+        if isinstance(table.get(kind), str):
+            table[kind] = {"name": table[kind]}
+        if isinstance(table.get(kind), Mapping) and "name" not in table[kind]:
+            raise FedllmError(f"{where}: [{kind}] has no 'name'; say which {kind} it is.")
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise FedllmError(f"{where}: {first_problem(error, table)}") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedllmError(f"There is no recipe '{path}'; give the path of a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise FedllmError(f"The recipe '{path}' is not TOML: {error}.") from error
+
+
+def with_setting(table: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """Return the table with one `key.path=value` put in; the value is TOML, or else a string.
+
+    >>> with_setting({"client": {"steps": 3}}, "client.steps=5")
+    {'client': {'steps': 5}}
+    """
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise FedllmError(f"--set '{setting}' has no '='; write it as key.path=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return put(table, path.strip().split("."), value, setting)
+
+
+def put(table: Mapping[str, Any], path: list[str], value: Any, setting: str) -> dict[str, Any]:
+    """Return the table with a value at a path of keys."""
+    if len(path) == 1:
+        return {**table, path[0]: value}
+    inner = table.get(path[0], {})
+    inner = {"name": inner} if isinstance(inner, str) and path[0] != "silos" else inner
+    if not isinstance(inner, Mapping):
+        raise FedllmError(f"--set '{setting}': '{path[0]}' is not a table; set it as a whole.")
+    return {**table, path[0]: put(inner, path[1:], value, setting)}
+
+
+def first_problem(error: ValidationError, table: Mapping[str, Any]) -> str:
+    """Say in one sentence what is wrong with a recipe, and the nearest known key for an unknown one."""
+    problem = error.errors()[0]
+    keys = [str(key) for key in problem["loc"]]
+    path = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        owners = {"data": Data, "evaluate": Evaluate, "silos": SiloFiles}
+        owner = owners[keys[0]] if len(keys) > 1 else Recipe
+        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.model_fields)}"
+    if problem["type"] == "missing":
+        return f"'{path}' is missing; add it."
+    message = problem["msg"]
+    return f"'{path}' is {problem['input']!r}; {message[0].lower()}{message[1:]}."
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """Return a recipe as TOML, with every default said."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))

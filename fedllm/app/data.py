@@ -1,0 +1,106 @@
+"""Open the silos of a recipe: their rows, their examples, and who holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedllm.app.catalog import make
+from fedllm.app.config import Data, Recipe, SiloFiles
+from fedllm.core.errors import FedllmError
+from fedllm.core.types import Dataset
+from fedllm.silo.docstrings import docstring_rows
+from fedllm.silo.sources import hold_out, read_rows
+from fedllm.silo.tasks import Task
+
+Rows = Sequence[Mapping[str, Any]]
+
+DOCSTRINGS = "docstrings:"
+"""A source that names an installed package: the summaries of its functions and classes."""
+
+
+class Shard(NamedTuple):
+    """One silo's rows."""
+
+    train: Rows
+    test: Rows
+
+
+def open_rows(source: str, root: Path) -> Rows:
+    """Read the rows of a source: a file, folder or hub id, or an installed package's docstrings."""
+    if source.startswith(DOCSTRINGS):
+        return docstring_rows(source.removeprefix(DOCSTRINGS))
+    path = root / source
+    return read_rows(path if path.exists() or Path(source).suffix else source)
+
+
+def open_shards(recipe: Recipe) -> dict[str, Shard]:
+    """Read all silos of a recipe, each with text to learn from and text held out."""
+    root = Path(recipe.data.root)
+    if bool(recipe.silos) == bool(recipe.partition):
+        raise FedllmError(
+            "A recipe needs either [silos] (name = file) or [partition] (one source, split into silos); "
+            "for example --set silos.hospital_a=a.jsonl --set silos.hospital_b=b.jsonl."
+        )
+    if recipe.partition:
+        settings = dict(recipe.partition)
+        if "source" not in settings:
+            raise FedllmError("[partition] has no 'source'; name the file or folder that is to be split.")
+        rows = open_rows(settings.pop("source"), root)
+        parts = make("partition", settings, rows, seed=recipe.seed)
+        return {name: split(name, part, None, recipe.data, recipe.seed) for name, part in parts.items()}
+    return {name: open_silo(name, files, recipe, root) for name, files in recipe.silos.items()}
+
+
+def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
+    """Read one silo's files."""
+    test = open_rows(files.test, root) if files.test else None
+    return split(name, open_rows(files.train, root), test, recipe.data, recipe.seed)
+
+
+def split(name: str, rows: Rows, test: Rows | None, data: Data, seed: int) -> Shard:
+    """Hold out test rows where a silo gives none, and keep to the limits."""
+    if not rows:
+        raise FedllmError(f"The silo '{name}' is empty; give it text or leave it out.")
+    if test is None:
+        try:
+            rows, test = hold_out(rows, data.held_out, seed)
+        except FedllmError as error:
+            raise FedllmError(f"silos.{name}: {error}") from error
+    return Shard(rows[: data.limit_train], test[: data.limit_test])
+
+
+class Silos:
+    """The silos of a run: examples are made when a silo is first asked and kept for the next round."""
+
+    def __init__(self, shards: dict[str, Shard], task: Task) -> None:
+        self.shards, self.task = shards, task
+        self.names = list(shards)
+        self.skipped: dict[str, int] = {}
+        self._examples = lru_cache(maxsize=256)(self._make)
+
+    def examples(self, name: str) -> Dataset:
+        """Return a silo's examples by split."""
+        return self._examples(name)
+
+    def _make(self, name: str) -> Dataset:
+        shard = self.shards[name]
+        train = self.task.prepare(shard.train, f"silos.{name}")
+        test = self.task.prepare(shard.test, f"silos.{name} (held out)")
+        for part, prepared in (("train", train), ("held-out", test)):
+            if not prepared.examples:
+                raise FedllmError(
+                    f"The silo '{name}' has no usable {part} example: {prepared.skipped} rows were longer than "
+                    "task.max_tokens or had nothing to score; raise it or give other text."
+                )
+        self.skipped[name] = train.skipped + test.skipped
+        return {"train": train.examples, "test": test.examples}
+
+    def pooled(self) -> Dataset:
+        """Return all silos' examples in one place."""
+        return {
+            part: [example for name in self.names for example in self.examples(name)[part]]
+            for part in ("train", "test")
+        }

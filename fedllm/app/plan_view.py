@@ -1,0 +1,88 @@
+"""A plan as a person reads it: the round as a diagram, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedllm.app.build import Parts
+from fedllm.core.plan import size
+from fedllm.core.types import Facts
+
+ADAMW_BYTES = 12
+"""Gradient and two moments in float32, a trained value."""
+
+MEAN_BYTES = 16
+"""Two float64 words a value, in which the server adds updates up."""
+
+
+def facts_text(facts: Facts) -> str:
+    """Say what is known of an update."""
+    sees = "server sees each silo's update" if facts.sees == "each" else "server sees only the sum"
+    bound = "norm not bounded" if facts.norm_bound is None else f"norm at most {facts.norm_bound:g}"
+    return f"{sees}, {bound}"
+
+
+def plan_lines(parts: Parts) -> Iterator[str]:
+    """Yield the plan of a run, line by line."""
+    recipe, plan, names = parts.recipe, parts.plan, parts.silos.names
+    total = sum(value.numel() for value in parts.model.parameters())
+    yield f"{recipe.name}: {len(names)} silos, {recipe.rounds} rounds, {recipe.model} ({total / 1e6:.1f} M parameters)"
+    yield ""
+    width = max(len(step.name) for step in plan.steps)
+    before = None
+    for place, step in enumerate(plan.steps):
+        facts = facts_text(step.facts)
+        known = facts if facts != before else "″"
+        before = facts
+        joint = "┌" if place == 0 else "└" if place == len(plan.steps) - 1 else "│"
+        yield f"  {joint} {step.where:<6}  {step.name:<{width}}  {known}"
+    yield "    └─▶ next round"
+    yield ""
+    runtime = f"cohort, {parts.width} clients as one batch" if parts.width > 1 else "local, one client after another"
+    yield f"trained      {plan.parameters:,} parameters ({plan.parameters / total:.2%}), {parts.trainable.name}"
+    yield f"on the wire  {amount(plan.bytes_down)} down, {amount(plan.bytes_up)} up, a client and round"
+    yield f"runs as      {runtime}, on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}"
+    yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
+    yield "privacy      none is claimed: no noise is added, and " + (
+        "the server sees each silo's update" if plan.steps[-1].facts.sees == "each" else "only sums are seen"
+    )
+
+
+def memory(parts: Parts) -> int:
+    """Return the bytes expected: weights, training state, the mean, and one batch's activations."""
+    trained = parts.plan.parameters
+    weights = size(parts.model.parameters())
+    # A cohort holds every client's update; one by one there is one, and the server's total either way.
+    state = trained * (ADAMW_BYTES + 4 + 4) * parts.width + trained * MEAN_BYTES
+    return weights + state + activations(parts)
+
+
+def activations(parts: Parts) -> int:
+    """Estimate what one batch keeps for the backward pass: 16 hidden vectors a layer and token, and the logits."""
+    config = parts.model.config
+    hidden = getattr(config, "hidden_size", 0)
+    layers = getattr(config, "num_hidden_layers", 0)
+    client = parts.recipe.client
+    rows = int(client.get("micro_batch") or client.get("batch_size", 8)) * parts.width
+    longest = max(len(example.input_ids) for example in parts.silos.examples(parts.silos.names[0])["train"])
+    word = 2 if "16" in str(parts.dtype) else 4
+    kept = 2 if parts.recipe.gradient_checkpointing else 16
+    return rows * longest * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 8))
+
+
+def memory_note(parts: Parts) -> str:
+    """Say what most of the memory is."""
+    return f"weights {amount(size(parts.model.parameters()))}, activations about {amount(activations(parts))}"
+
+
+def amount(count: float) -> str:
+    """Return bytes in the unit that reads best.
+
+    >>> amount(1536)
+    '1.5 kB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

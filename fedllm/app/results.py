@@ -1,0 +1,126 @@
+"""The numbers of a run: `metrics.json` for programs, a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedllm.runtime.store import read_events, write_text
+
+
+def write_metrics(folder: Path) -> dict[str, Any]:
+    """Sum a run's events up in `metrics.json`."""
+    metrics = summary(read_events(folder))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return a run's numbers, as far as it has come."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else summary(read_events(folder))
+
+
+def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the numbers of a run from its events."""
+    rounds = [event for event in events if event["event"] == "round"]
+    looked = [event for event in rounds if event.get("loss")]
+    alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone"}
+    metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
+    for key in ("loss", "accuracy"):
+        found = {
+            "base": last(events, "base").get(key, {}),
+            "alone": {
+                event["silo"]: event[key][event["silo"]] for event in events if event["event"] == "alone" and key in event
+            },
+            "federated": looked[-1].get(key, {}) if looked else {},
+            "pooled": last(events, "pooled").get(key, {}),
+        }
+        if any(found.values()):
+            metrics[key] = {kind: values for kind, values in found.items() if values}
+    if alone:
+        metrics["alone_everywhere"] = alone
+    for key in ("tokens", "bytes_up", "bytes_down"):
+        metrics[key] = sum(event[key] for event in rounds)
+    metrics["dropped"] = sum(len(event["dropped"]) for event in rounds)
+    metrics["seconds"] = last(events, "done").get("seconds", 0.0)
+    metrics["train_seconds"] = sum(event["seconds"]["train"] for event in rounds)
+    if "peak_mb" in last(events, "done"):
+        metrics["peak_mb"] = last(events, "done")["peak_mb"]
+    if rounds and "aggregation_error" in rounds[-1]:
+        metrics["aggregation_error"] = rounds[-1]["aggregation_error"]
+    scores = {"base": last(events, "base").get("scores"), "federated": last(events, "done").get("scores")}
+    if scores["base"]:
+        metrics["scores"] = scores
+    return metrics
+
+
+def last(events: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
+    """Return the last event of a kind, or an empty one."""
+    return next((event for event in reversed(events) if event["event"] == kind), {})
+
+
+def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
+    """Return the table of held-out losses per silo; with many silos the first `most` of them and the mean."""
+    losses = metrics["loss"]
+    kinds = [kind for kind in ("base", "alone", "federated", "pooled") if kind in losses]
+    table = Table(title="Held-out loss per silo (nats a token; lower is better)", title_justify="left")
+    table.add_column("silo")
+    for kind in kinds:
+        table.add_column({"alone": "alone, own text"}.get(kind, kind), justify="right")
+    names = list(losses.get("base", losses.get("federated", {})))
+    for name in names[:most]:
+        values = {kind: losses[kind].get(name) for kind in kinds}
+        best = min(value for value in values.values() if value is not None)
+        table.add_row(name, *(shown(value, value == best) for value in values.values()))
+    if len(names) > most:
+        table.add_row(f"... {len(names) - most} more", *[""] * len(kinds))
+    table.add_section()
+    means = [mean(losses[kind]) for kind in kinds]
+    table.add_row("mean", *(f"{value:.3f}" for value in means))
+    everywhere = metrics.get("alone_everywhere", {})
+    if len(everywhere) > 1 and all(len(values) == len(names) for values in everywhere.values()):
+        span = sorted(mean(values) for values in everywhere.values())
+        cells = {"alone": f"{span[0]:.3f}-{span[-1]:.3f}", "federated": f"{mean(losses.get('federated', {})):.3f}"}
+        table.add_row("one model for everyone", *(cells.get(kind, f"{mean(losses[kind]):.3f}") for kind in kinds))
+    return table
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """Say what federation bought, and who would still gain from a personal model."""
+    losses = metrics["loss"]
+    federated, own = losses.get("federated", {}), losses.get("alone", {})
+    if not federated:
+        return "No federated model has been evaluated yet."
+    sentences = [f"The federated model's mean held-out loss is {mean(federated):.3f}"]
+    if "base" in losses:
+        sentences[0] += f" (base {mean(losses['base']):.3f})"
+    everywhere = metrics.get("alone_everywhere", {})
+    if everywhere and all(len(values) == len(federated) for values in everywhere.values()):
+        best = min(mean(values) for values in everywhere.values())
+        word = "better" if mean(federated) < best else "worse"
+        sentences.append(f"on everyone's text it is {word} than the best model that one silo made alone ({best:.3f})")
+    personal = [name for name, value in own.items() if value < federated[name]]
+    if own:
+        sentences.append(
+            f"on their own text {', '.join(personal)} would still gain from a personal model"
+            if personal
+            else "no silo does better alone, even on its own text"
+        )
+    return "; ".join(sentences) + "."
+
+
+def mean(values: Mapping[str, float]) -> float:
+    """Return the mean over silos."""
+    return sum(values.values()) / len(values) if values else float("nan")
+
+
+def shown(value: float | None, best: bool) -> str:
+    """Return a loss as text, the best of its row in bold."""
+    if value is None:
+        return "-"
+    return f"[bold green]{value:.3f}[/]" if best else f"{value:.3f}"

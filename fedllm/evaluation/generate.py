@@ -1,0 +1,158 @@
+"""Text that a model writes: many conversations at once, or one of them piece by piece."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedllm.core.errors import FedllmError
+from fedllm.core.seeds import derive
+from fedllm.core.types import ignore
+from fedllm.silo.fit import seeded
+from fedllm.silo.templates import Turn, opening
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Turn]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    tick: Callable[[int], None] = ignore,
+) -> list[str]:
+    """Return what the assistant says next in each conversation, up to the end token.
+
+    At temperature 0 the likeliest token is always taken. Uses the tokenizer's chat template if it
+    has one. `tick` is told the tokens written in every batch.
+    """
+    asked = [prompt_ids(tokenizer, turns) for turns in conversations]
+    written = [""] * len(asked)
+    device = next(model.parameters()).device
+    model.eval()
+    for places in batches([len(ids) for ids in asked], batch_size, padded=not has_soft_prompt(model)):
+        ids_BT, mask_BT = pad_left([asked[place] for place in places], tokenizer.pad_token_id, device)
+        settings = how(model, tokenizer, max_new_tokens, temperature)
+        with torch.no_grad(), seeded(derive(seed, "complete", places[0]), device), without_warnings():
+            out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)  # type: ignore[operator]
+        new_BT = out_BT[:, ids_BT.shape[1] :]
+        for place, text in zip(places, tokenizer.batch_decode(new_BT, skip_special_tokens=True), strict=True):
+            written[place] = text.strip()
+        tick(new_BT.numel())
+    return written
+
+
+def chat_once(
+    model: nn.Module,
+    tokenizer: Any,
+    history: Sequence[Turn],
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield what the assistant says next as it is written; closing the iterator stops the model."""
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    device = next(model.parameters()).device
+    ids_BT, mask_BT = pad_left([prompt_ids(tokenizer, history)], tokenizer.pad_token_id, device)
+    settings = how(model, tokenizer, max_new_tokens, temperature)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopped, failures = Event(), list[Exception]()
+
+    def stop(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(so_far),), stopped.is_set(), device=device)
+
+    def write() -> None:
+        try:
+            # The gradient mode belongs to the thread, so it is set here and not around it.
+            with torch.no_grad(), seeded(derive(seed, "chat", len(history)), device):
+                model.generate(  # type: ignore[operator]
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    generation_config=settings,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+        except Exception as error:  # whatever it is belongs to the one who reads
+            failures.append(error)
+            streamer.end()
+
+    model.eval()
+    thread = Thread(target=write, daemon=True)
+    with without_warnings():
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stopped.set()
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Turn]) -> list[int]:
+    """Return the conversation's tokens up to where the assistant speaks next."""
+    if not turns or turns[-1].role == "assistant":
+        raise FedllmError(
+            "The conversation gives the assistant nothing to answer; end it with a user's message."
+        )
+    text = opening(tokenizer, turns, chat=bool(tokenizer.chat_template))
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def batches(lengths: Sequence[int], batch_size: int, padded: bool) -> Iterator[list[int]]:
+    """Yield the places of prompts answered together, longest first; of one length each unless `padded`."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    for _, group in groupby(order, key=lambda place: 0 if padded else lengths[place]):
+        places = list(group)
+        for first in range(0, len(places), batch_size):
+            yield places[first : first + batch_size]
+
+
+def has_soft_prompt(model: nn.Module) -> bool:
+    """Say whether learned tokens stand before the text; padding behind them would shift its positions."""
+    config = getattr(model, "active_peft_config", None)
+    return bool(config is not None and config.is_prompt_learning)
+
+
+def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad so that all prompts end together; also return which positions are text."""
+    width = max(map(len, rows))
+    ids = [[pad_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
+    """Return the settings of a generation, which ends at the tokenizer's end token and at the model's own."""
+    from transformers import GenerationConfig
+
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep quiet about settings that peft and transformers pass to one another."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -1,0 +1,155 @@
+"""Splitting keeps every row, is repeatable, and skews what it says it skews."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.core.errors import FedllmError
+from fedllm.silo.partition import by_column, dirichlet, iid, quantity, who_holds_what
+from fedllm.silo.sources import read_rows
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+TOPICS = {
+    "cooking": "simmer the onion and garlic in butter then season the soup with pepper",
+    "sailing": "hoist the mainsail and steer the boat into the harbour against the wind",
+    "maths": "prove that the matrix has an inverse when its determinant differs from zero",
+}
+
+
+def make(labels: list[str]) -> list[dict]:
+    return [{"id": number, "label": label, "text": f"{label} text"} for number, label in enumerate(labels)]
+
+
+def topics(each: int = 20) -> list[dict]:
+    return [
+        {"id": f"{topic}{number}", "topic": topic, "text": " ".join(words.split()[number % 4 :])}
+        for topic, words in TOPICS.items()
+        for number in range(each)
+    ]
+
+
+def ids(silos: dict) -> list:
+    return sorted(row["id"] for rows in silos.values() for row in rows)
+
+
+LABELS = st.lists(st.sampled_from("abcde"), min_size=5, max_size=80)
+
+
+@settings(deadline=None)
+@given(LABELS, st.integers(1, 5), st.sampled_from([1e-3, 0.1, 1.0, 1e3]), st.integers(0, 3))
+def test_every_row_is_in_exactly_one_silo_and_seeds_repeat(labels, silos, alpha, seed):
+    rows = make(labels)
+    splits = [
+        lambda: by_column(rows, "label"),
+        lambda: iid(rows, silos, seed),
+        lambda: dirichlet(rows, silos, alpha, "label", seed=seed),
+        lambda: dirichlet(rows, silos, alpha, clusters=3, seed=seed),
+        lambda: quantity(rows, silos, max(alpha, 1.0), seed, at_least=1),
+    ]
+    for split in splits:
+        parts = split()
+        assert ids(parts) == list(range(len(rows)))
+        assert parts == split()
+        assert list(parts) == sorted(parts)
+        assert all(parts.values())
+
+
+@given(LABELS, st.integers(1, 5))
+def test_iid_and_dirichlet_have_equal_sizes(labels, silos):
+    for parts in (iid(make(labels), silos), dirichlet(make(labels), silos, 0.1, "label")):
+        sizes = [len(rows) for rows in parts.values()]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.sets(st.text(), min_size=1, max_size=12))
+def test_silo_names_are_safe_and_never_collide(values):
+    parts = by_column([{"source": value, "id": value} for value in values], "source")
+    assert len(parts) == len(values)
+    assert all(re.fullmatch(r"[a-z0-9_]{1,60}", name) for name in parts)
+
+
+def test_silo_names_are_readable():
+    rows = [{"source": source} for source in ("St. Mary's", "Zürich", "NIH", "nih", 1861, None)]
+    assert list(by_column(rows, "source")) == ["1861", "nih", "nih_2", "none", "st_mary_s", "zurich"]
+
+
+def test_a_small_alpha_skews_labels_and_a_large_one_does_not():
+    rows = make(["a", "b", "c", "d"] * 100)
+
+    def top(alpha: float) -> float:
+        parts = dirichlet(rows, 4, alpha, "label").values()
+        return max(max(Counter(row["label"] for row in part).values()) / len(part) for part in parts)
+
+    assert top(0.05) > 0.8
+    assert top(1e4) < 0.4
+
+
+def test_without_a_column_the_topics_of_the_text_are_skewed():
+    parts = dirichlet(topics(), 3, 0.01, clusters=3, text="text", seed=1)
+    shares = [max(Counter(row["topic"] for row in part).values()) / len(part) for part in parts.values()]
+    assert max(shares) > 0.9
+
+
+def test_quantity_skews_sizes():
+    sizes = [len(part) for part in quantity(make(["a"] * 1000), 5, 0.5, seed=2).values()]
+    assert min(sizes) >= 8
+    assert max(sizes) > 2 * min(sizes)
+    with pytest.raises(FedllmError, match="raise alpha, lower at_least, or take fewer silos"):
+        quantity(make(["a"] * 30), 4, 0.5)
+
+
+def test_what_cannot_be_split_is_refused():
+    rows = make(["a", "b"])
+    for silos in (0, 3):
+        with pytest.raises(FedllmError, match="give 1 to 2 silos"):
+            iid(rows, silos)
+    with pytest.raises(FedllmError, match="alpha is 0"):
+        dirichlet(rows, 2, 0, "label")
+    with pytest.raises(FedllmError, match="did you mean 'label'"):
+        dirichlet(rows, 2, 1.0, "labels")
+    with pytest.raises(FedllmError, match="no column 'body'"):
+        dirichlet(rows, 2, 1.0, text=["body"])
+
+
+def test_who_holds_what_by_column():
+    silos = {"one": make(["a", "a", "b"]), "two": make(["b"]), "none": []}
+    assert who_holds_what(silos, "label") == {
+        "groups": ["a", "b"],
+        "counts": {"one": [2, 1], "two": [0, 1], "none": [0, 0]},
+        "rows": {"one": 3, "two": 1, "none": 0},
+        "words": {"one": 9, "two": 3, "none": 0},
+    }
+
+
+def test_who_holds_what_puts_small_groups_together():
+    held = who_holds_what({"one": make([f"label{n % 30}" for n in range(100)] + ["other"])}, "label")
+    assert len(held["groups"]) == 12 and held["groups"][-1] == "other"
+    assert sum(held["counts"]["one"]) == 101
+
+
+def test_who_holds_what_names_clusters_by_their_words():
+    rows = topics()
+    held = who_holds_what({topic: [row for row in rows if row["topic"] == topic] for topic in TOPICS}, None)
+    for topic, words in TOPICS.items():
+        named = [group for group, n in zip(held["groups"], held["counts"][topic], strict=True) if n]
+        assert sum(held["counts"][topic]) == 20
+        assert all(set(name.split(", ")) & {topic, *words.split()} for name in named)
+    assert who_holds_what({}, None)["groups"] == []
+    assert who_holds_what({"one": [{"n": 1}]}, None)["groups"] == ["no words"]
+
+
+def test_real_labels():
+    path = SHARED / "data" / "banking77" / "train.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("the shared data folder is not on this machine")
+    rows = read_rows(path)
+    parts = dirichlet(rows, 10, 0.1, "label")
+    assert sum(map(len, parts.values())) == len(rows)
+    assert min(len({row["label"] for row in part}) for part in parts.values()) < 30
