@@ -6,6 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# Two threads that share a busy core wait for each other a hundred times longer than these models compute.
+torch.set_num_threads(1)
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -16,7 +19,7 @@ WORDS = ["the cat sat on the mat", "Question: Answer: Label: positive negative",
 
 
 def tiny_tokenizer(chat: bool = False, merges: int = 48) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that takes any text; pads with `<pad>`, ends with `<|im_end|>`, has ChatML with `chat`."""
+    """Return a tokenizer that takes any text; it ends with `<|im_end|>` and has ChatML with `chat`."""
     bytes_first = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
@@ -30,7 +33,7 @@ def tiny_tokenizer(chat: bool = False, merges: int = 48) -> PreTrainedTokenizerF
         show_progress=False,
     )
     tokenizer.train_from_iterator(WORDS, trainer)
-    wrapped = PreTrainedTokenizerFast(
+    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
@@ -41,9 +44,7 @@ def tiny_tokenizer(chat: bool = False, merges: int = 48) -> PreTrainedTokenizerF
     return wrapped
 
 
-def tiny_model(
-    vocab: int = 307, seed: int = 0, layers: int = 2, hidden: int = 32, heads: int = 4
-) -> LlamaForCausalLM:
+def tiny_model(vocab: int = 307, seed: int = 0, layers: int = 2, hidden: int = 32, heads: int = 4) -> LlamaForCausalLM:
     """Return a seeded Llama, frozen and in eval mode; float32."""
     config = LlamaConfig(
         vocab_size=vocab,
@@ -62,4 +63,7 @@ def tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).requires_grad_(False).eval()
+        model = LlamaForCausalLM(config)
+    model.requires_grad_(False)
+    model.train(False)
+    return model

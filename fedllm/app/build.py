@@ -55,9 +55,7 @@ class Parts(NamedTuple):
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
         seed = self.recipe.seed
-        return lambda name: Silo(
-            name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick
-        )
+        return lambda name: Silo(name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick)
 
 
 def build(recipe: Recipe, weights: bool = True) -> Parts:
@@ -114,9 +112,7 @@ def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: A
     return make("client", part, objective, pad)
 
 
-def choose_width(
-    recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device
-) -> int:
+def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:
     """Return how many clients train as one batch."""
     fits = algorithm.cohort is not None and stackable(model)
     if recipe.runtime == "cohort" and not fits:

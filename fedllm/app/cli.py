@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fedllm.core.errors import FedllmError, Interrupted
+
+if TYPE_CHECKING:
+    from fedllm.app.config import Recipe
 
 app = typer.Typer(
     help="Several organisations make one language model together from text that none of them may share.",
@@ -19,19 +22,137 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-Set = Annotated[Optional[list[str]], typer.Option("--set", help="A setting over the recipe: key.path=value.")]  # noqa: UP045
-Out = Annotated[Optional[Path], typer.Option(help="The run's folder; by default runs/NAME.")]  # noqa: UP045
-Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", help="Put key.path=value over the recipe; may be repeated.", show_default=False),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; by default runs/NAME.")]
 
 
 @app.command()
-def quickstart(settings: Set = None, out_folder: Annotated[Optional[Path], typer.Option("--out")] = None, pooled: Annotated[bool, typer.Option(help="Also train on everything in one place.")] = False) -> None:  # noqa: UP045
+def quickstart(
+    settings: Settings = [],  # noqa: B006
+    out_folder: Out = None,
+    pooled: Annotated[bool, typer.Option("--pooled", help="Also train on everything in one place.")] = False,
+) -> None:
     """Four silos fine-tune SmolLM2-135M with LoRA by FedAvg, on text that every machine has."""
     extra = ["evaluate.pooled=true"] if pooled else []
-    start(Path(__file__).with_name("quickstart.toml"), [*extra, *(settings or [])], out_folder)
+    start(recipe_of(Path(__file__).with_name("quickstart.toml"), [*extra, *settings]), out_folder)
 
 
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], settings: Set = None, out_folder: Annotated[Optional[Path], typer.Option("--out")] = None) -> None:  # noqa: UP045
+def run(recipe: RecipeFile, settings: Settings = [], out_folder: Out = None) -> None:  # noqa: B006
     """Run a recipe."""
-    start(recipe, settings or [], out_folder)
+    start(recipe_of(recipe, settings), out_folder)
+
+
+@app.command()
+def plan(recipe: RecipeFile, settings: Settings = []) -> None:  # noqa: B006
+    """Print the round that a recipe makes, its sizes and its memory; nothing runs."""
+    from fedllm.app.build import build
+    from fedllm.app.plan_view import plan_lines
+
+    for line in plan_lines(build(recipe_of(recipe, settings), weights=False)):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def resume(folder: RunFolder) -> None:
+    """Go on with a run that was stopped or killed, with the same result as if it had not been."""
+    from fedllm.app.progress import Ui
+    from fedllm.app.run import resume as go_on
+
+    close(go_on(folder, Ui(out)))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run, an adapter folder or a model folder.", show_default=False)],
+    data: Annotated[list[str], typer.Option("--data", help="Text to evaluate on; by default the run's silos.")] = [],  # noqa: B006
+    limit: Annotated[int, typer.Option(help="Rows of each file that are used at most.")] = 100,
+) -> None:
+    """Measure a result: loss and perplexity, multiple choice or exact match, by what the file holds."""
+    from fedllm.app.evaluate import evaluate as measure
+
+    out.print(measure(target, data, limit))
+
+
+@app.command()
+def chat(
+    target: Annotated[Path, typer.Argument(help="A run, an adapter folder or a model folder.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(help="Tokens an answer has at most.")] = 256,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the model as it was before.")] = False,
+) -> None:
+    """Talk to a run's model; an empty line or Ctrl-D ends."""
+    from fedllm.app.chat import talk
+
+    talk(target, max_tokens, base, out)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path | None, typer.Option(help="Where to write; by default inside the run's folder.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="One plain model with the adapter inside.")] = False,
+) -> None:
+    """Write a run's result for use elsewhere."""
+    from fedllm.app.export import export_run
+
+    out.print(f"Written to {export_run(folder, to, merged)}", highlight=False)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write a run's report anew, also while it is running."""
+    from fedllm.app.report import write_report
+
+    if not (folder / "events.jsonl").exists():
+        raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
+    out.print(f"Report: {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+def recipe_of(source: Path, settings: list[str]) -> Recipe:
+    """Read a recipe with settings over it."""
+    from fedllm.app.config import read_recipe
+
+    return read_recipe(source, settings)
+
+
+def start(recipe: Recipe, folder: Path | None) -> None:
+    """Run a recipe with progress on the terminal, and say what came of it."""
+    from fedllm.app.progress import Ui
+    from fedllm.app.run import run as go
+
+    out.print(f"[bold]{recipe.name}[/]: {recipe.model}, {recipe.rounds} rounds", highlight=False)
+    close(go(recipe, folder, ui=Ui(out)))
+
+
+def close(folder: Path) -> None:
+    """Print the comparison and where things are."""
+    from fedllm.app.results import comparison, read_metrics, verdict
+
+    metrics = read_metrics(folder)
+    out.print()
+    out.print(comparison(metrics))
+    out.print(verdict(metrics), highlight=False)
+    out.print()
+    for what, name in (("Report", "report.html"), ("Adapter", "adapter"), ("Model", "model")):
+        if (folder / name).exists():
+            out.print(f"{what + ':':<9}{folder / name}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line: an error that the user can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except FedllmError as error:
+        err.print(f"[red]Error:[/] {error}".replace("[/] ", "[/] ", 1), highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Interrupted:
+        err.print("Stopped; `fedllm resume` with the run's folder goes on from the last round.", highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        err.print(f"[red]Error:[/] {error.strerror or error} ({error.filename}); nothing is lost.", highlight=False)
+        sys.exit(2)

@@ -155,9 +155,9 @@ def first_problem(error: ValidationError, table: Mapping[str, Any]) -> str:
     keys = [str(key) for key in problem["loc"]]
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        owners = {"data": Data, "evaluate": Evaluate, "silos": SiloFiles}
+        owners: dict[str, type[BaseModel]] = {"data": Data, "evaluate": Evaluate, "silos": SiloFiles}
         owner = owners[keys[0]] if len(keys) > 1 else Recipe
-        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.model_fields)}"
+        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.__pydantic_fields__)}"
     if problem["type"] == "missing":
         return f"'{path}' is missing; add it."
     message = problem["msg"]

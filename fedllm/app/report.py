@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from fedllm.app import report_costs, report_plots
 from fedllm.app import report_parts as parts
+from fedllm.app import report_wire as on_wire
 from fedllm.app.report_data import Run, compare, read_run
 from fedllm.app.report_words import facts, lead, number, plain
 
@@ -36,7 +37,7 @@ def render(run: Run) -> str:
     """Return the page of a run."""
     from plotly.offline import get_plotlyjs
 
-    found, refused = compare(run), parts.dropped(run)
+    found, refused = compare(run), on_wire.dropped(run)
     plots = {
         "comparison": report_plots.comparison(found),
         "gains": report_plots.gains(found),
@@ -59,18 +60,20 @@ def render(run: Run) -> str:
         "lead": lead(run, found),
         "cards": parts.cards(found),
         "table": parts.table(found),
+        "accuracy": parts.table(compare(run, "accuracy"), higher=True),
+        "note": on_wire.note(run),
         "holdings": parts.holdings(run),
         "cost": parts.cost(run),
         "times": parts.times(run),
         "dropped": refused[: parts.ENDS],
         "dropped_more": max(0, len(refused) - parts.ENDS),
-        "refusals": parts.refusals(run),
-        "wire": parts.wire(run),
-        "claim": parts.claim(run),
+        "refusals": on_wire.refusals(run),
+        "wire": on_wire.wire(run),
+        "claim": on_wire.claim(run),
         "scores": parts.scores(run),
         "facts": parts.about(run),
         "recipe": run.recipe.strip(),
-        "steps": [step | {"facts": facts(step.get("facts"))} for step in parts.steps(run)],
+        "steps": [step | {"facts": facts(step.get("facts"))} for step in on_wire.steps(run)],
     }
     return pages.get_template("report.html.j2").render(
         **texts,

@@ -53,19 +53,14 @@ def holds(run: Run) -> Figure | None:
     traces = traces if len(traces) > 1 else [traces[0] | {"name": ""}]
     y = names_axis(silos, autorange="reversed")
     height = 56 + 30 * len(silos)
-    return figure(
-        "Examples per silo", "", traces, height, x=axis("examples"), y=y, barmode="stack", bargap=0.3
-    )
+    return figure("Examples per silo", "", traces, height, x=axis("examples"), y=y, barmode="stack", bargap=0.3)
 
 
 def stacked(
     groups: list[str], counts: dict[str, list[Any]], silos: list[str]
 ) -> list[tuple[int, str, dict[str, list[float]]]]:
     """Return the groups to stack, the largest first; those that have no colour left are added up as one."""
-    table = {
-        silo: [float(v) if is_number(v) else 0.0 for v in counts.get(silo, [])][: len(groups)]
-        for silo in silos
-    }
+    table = {silo: [float(v) if is_number(v) else 0.0 for v in counts.get(silo, [])][: len(groups)] for silo in silos}
     table = {silo: row + [0.0] * (len(groups) - len(row)) for silo, row in table.items()}
     order = sorted(range(len(groups)), key=lambda i: -sum(row[i] for row in table.values()))
     keep, rest = order[: len(SERIES)], order[len(SERIES) :]
@@ -79,7 +74,8 @@ def seconds(run: Run) -> Figure | None:
     rounds = [entry for entry in run.rounds if losses(entry.get("seconds"))]
     if not rounds:
         return None
-    known = dict.fromkeys([*PARTS, *(name for entry in rounds for name in losses(entry["seconds"]))])
+    named = {name for entry in rounds for name, value in losses(entry["seconds"]).items() if value > 0}
+    known = [*(name for name in PARTS if name in named), *sorted(named - set(PARTS))]
     colours = PARTS | {name: SERIES[-1 - i] for i, name in enumerate(n for n in known if n not in PARTS)}
     numbers = [entry["round"] for entry in rounds]
     traces = [

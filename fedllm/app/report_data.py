@@ -77,18 +77,19 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def compare(run: Run) -> Comparison:
-    """Gather the losses from `metrics.json`, and from the events where it lacks them."""
-    final = part(run.metrics, "loss")
-    latest = [losses(entry.get("loss")) for entry in run.rounds if losses(entry.get("loss"))]
-    everywhere = {name: losses(event.get("loss")) for name, event in run.alone.items()}
+def compare(run: Run, what: str = "loss") -> Comparison:
+    """Gather the losses (or `accuracy`) from `metrics.json`, and from the events where it lacks them."""
+    final = part(run.metrics, what)
+    latest = [losses(entry.get(what)) for entry in run.rounds if losses(entry.get(what))]
+    everywhere = {name: losses(event.get(what)) for name, event in run.alone.items()}
     own = {name: row[name] for name, row in everywhere.items() if name in row}
-    table = {name: losses(row) for name, row in part(run.metrics, "alone_everywhere").items()}
+    rows = part(run.metrics, "alone_everywhere") if what == "loss" else {}
+    table = {name: losses(row) for name, row in rows.items()}
     return Comparison(
-        base=losses(final.get("base")) or losses(run.base.get("loss")),
+        base=losses(final.get("base")) or losses(run.base.get(what)),
         alone=losses(final.get("alone")) or own,
         federated=losses(final.get("federated")) or (latest[-1] if latest else {}),
-        pooled=losses(final.get("pooled")) or losses(run.pooled.get("loss")),
+        pooled=losses(final.get("pooled")) or losses(run.pooled.get(what)),
         everywhere=table or everywhere,
     )
 
@@ -121,9 +122,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Read the event lines; a line torn by a kill is left out."""
     text = read_text(path)
     if not text.strip():
-        raise FedllmError(
-            f"{path} is missing or empty; give the folder of a run that `fedllm run` has started."
-        )
+        raise FedllmError(f"{path} is missing or empty; give the folder of a run that `fedllm run` has started.")
     events = []
     for line in text.splitlines():
         try:

@@ -75,17 +75,20 @@ def axis(title: str = "", **more: Any) -> dict[str, Any]:
     return grid | style | {"title": {"text": title, "standoff": 14, "font": {"size": 12}}} | more
 
 
-def names_axis(silos: list[str], **more: Any) -> dict[str, Any]:
+def names_axis(silos: list[str], fold: bool = True, **more: Any) -> dict[str, Any]:
     """Return an axis with one place per silo: by number, so that equal or number-like names stay apart."""
-    texts = [folded(name) for name in silos]
+    texts = [folded(name) if fold else label(name, 18) for name in silos]
     places = list(range(len(silos)))
     return axis(tickvals=places, ticktext=texts, showgrid=False, zeroline=False, **more)
 
 
 def rounds_axis(numbers: list[int]) -> dict[str, Any]:
     """Return an axis of rounds, where round 0 is the base model."""
-    step = max(1, math.ceil((numbers[-1] - numbers[0]) / 10))
-    ticks = list(range(numbers[0], numbers[-1] + 1, step))
+    first, last = numbers[0], numbers[-1]
+    least = max(1.0, (last - first) / 8)
+    scale = 10 ** math.floor(math.log10(least))
+    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= least)
+    ticks = [number for number in range(first, last + 1) if number % step == 0 or first == last]
     return axis(
         "round",
         tickvals=ticks,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 from fedllm.app.report_data import Comparison, Run, is_number, losses, mean, part
-from fedllm.app.report_words import NONE, duration, everyone_means, number, perplexity, plain, protected, size
+from fedllm.app.report_words import duration, everyone_means, number, perplexity, plain, size
 
 CONDITIONS = ("base", "alone", "federated", "pooled")
 ALL = 40
@@ -25,7 +24,7 @@ def cards(found: Comparison) -> list[dict[str, str]]:
         if everyone:
             low, high = (f"{edge:.2f}" for edge in (min(everyone), max(everyone)))
             span = low if low == high else f"{low} to {high}"
-            made.append({"name": name, "title": "Alone, everyone's text", "value": span})
+            made.append({"name": name, "title": "Alone, for everyone", "value": span})
             made[-1]["small"] = f"own text {number(average)}"
         elif average is not None:
             title = "Alone, on own text" if name == "alone" else name.capitalize()
@@ -34,30 +33,32 @@ def cards(found: Comparison) -> list[dict[str, str]]:
     return made
 
 
-def table(found: Comparison) -> dict[str, Any]:
-    """Return the comparison per silo; of very many silos, the highest and lowest losses."""
+def table(found: Comparison, higher: bool = False) -> dict[str, Any]:
+    """Return the comparison per silo; of very many silos, the two ends. The best is marked."""
     names = [name for name in CONDITIONS if getattr(found, name)]
     silos = found.silos()
-    rows = [row(found, names, silo) for silo in silos]
+    rows = [row(found, names, silo, higher) for silo in silos]
     if len(silos) > ALL:
+        what = "accuracy" if higher else "loss"
         by = found.federated or found.base or found.alone
         order = sorted((silo for silo in silos if silo in by), key=lambda silo: -by[silo])
         worst, best = order[:ENDS], order[-ENDS:]
         left_out = len(silos) - len(worst) - len(best)
-        rows = [{"gap": f"The {len(worst)} silos with the highest loss"}]
-        rows += [row(found, names, silo) for silo in worst]
+        rows = [{"gap": f"The {len(worst)} silos with the highest {what}"}]
+        rows += [row(found, names, silo, higher) for silo in worst]
         rows += [{"gap": f"… {left_out:,} silos between, in metrics.json …"}]
-        rows += [{"gap": f"The {len(best)} silos with the lowest loss"}]
-        rows += [row(found, names, silo) for silo in best]
+        rows += [{"gap": f"The {len(best)} silos with the lowest {what}"}]
+        rows += [row(found, names, silo, higher) for silo in best]
     means = [mean(values, list(values)) for values in (getattr(found, name) for name in names)]
     return {"names": names, "rows": rows, "mean": [cell(value) for value in means]}
 
 
-def row(found: Comparison, names: list[str], silo: str) -> dict[str, Any]:
-    """Return one silo's losses, the lowest marked."""
+def row(found: Comparison, names: list[str], silo: str, higher: bool) -> dict[str, Any]:
+    """Return one silo's losses, the lowest marked, or its accuracies, the `higher` the better."""
     values = [getattr(found, name).get(silo) for name in names]
     known = [value for value in values if value is not None]
-    cells = [cell(value) | {"best": len(known) > 1 and value == min(known)} for value in values]
+    best = (max if higher else min)(known) if len(known) > 1 else None
+    cells = [cell(value) | {"best": value is not None and value == best} for value in values]
     return {"gap": "", "silo": plain(silo), "cells": cells}
 
 
@@ -77,8 +78,7 @@ def holdings(run: Run) -> list[list[str]]:
     return [
         [
             plain(name),
-            number(rows.get(name), 0),
-            number(split[name].get("train"), 0),
+            number(split[name].get("train", rows.get(name)), 0),
             number(split[name].get("test"), 0),
             number(words.get(name), 0),
         ]
@@ -104,7 +104,7 @@ def spent(run: Run) -> dict[str, float]:
     lone = [event["seconds"] for event in run.alone.values() if is_number(event.get("seconds"))]
     known |= {"Each silo alone, for comparison": sum(lone) or None}
     known |= {"Pooled training, for comparison": run.pooled.get("seconds")}
-    found = {name: float(value) for name, value in known.items() if is_number(value)}
+    found = {name: float(value) for name, value in known.items() if is_number(value) and value > 0}
     whole = run.done.get("seconds")
     rest = whole - sum(found.values()) if is_number(whole) else 0.0
     # A resumed run's rounds may have run in another process, whose time `done` does not count.
@@ -131,76 +131,33 @@ def cost(run: Run) -> str:
     return "; ".join(said) + "."
 
 
-def refusals(run: Run) -> str:
-    """Say how many updates were dropped, and why."""
-    reasons = Counter(reason for _, _, reason in dropped(run))
-    listed = [
-        f"{reason} ({count:,} times)" if count > 1 else reason for reason, count in reasons.most_common(5)
-    ]
-    more = f", and {len(reasons) - 5:,} other reasons" if len(reasons) > 5 else ""
-    count = sum(reasons.values())
-    plural = "s" * (count != 1)
-    return f"{count:,} update{plural} did not count, and the rounds went on without: {'; '.join(listed)}{more}."
-
-
-def dropped(run: Run) -> list[tuple[int, str, str]]:
-    """Return each dropped update: round, silo and reason."""
-    return [
-        (entry["round"], plain(silo), plain(reason, 200))
-        for entry in run.rounds
-        for silo, reason in part(entry, "dropped").items()
-    ]
-
-
-def steps(run: Run) -> list[dict[str, Any]]:
-    """Return the steps of one round, as planned."""
-    found = part(run.start, "plan").get("steps")
-    known = [step for step in found if isinstance(step, dict)] if isinstance(found, list) else []
-    return [{"where": "", "name": ""} | step for step in known]
-
-
-def wire(run: Run) -> str:
-    """Say how much crosses the wire per silo and round, and whether there was a wire at all."""
-    plan = part(run.start, "plan")
-    said = []
-    if is_number(plan.get("bytes_up")):
-        said.append(
-            f"Per silo and round: {size(plan.get('bytes_down'))} down and {size(plan['bytes_up'])} up, "
-            f"for {number(plan.get('parameters'))} trained parameters."
-        )
-    if run.start.get("runtime") in ("local", "cohort"):
-        said.append(
-            "All silos of this run were simulated in one process, so nothing crossed a network: "
-            "the bytes are those that a federation would send."
-        )
-    return " ".join(said)
-
-
-def claim(run: Run) -> str:
-    """Say what privacy this run can claim."""
-    if protected(steps(run)):
-        return (
-            "What the steps above state about updates is all that is claimed. Where they name no secure "
-            "aggregation, the server sees each silo's update; where they name no noise, there is no "
-            "differential privacy."
-        )
-    return (
-        "This run used neither secure aggregation nor differential privacy. The silos' text stays where it "
-        "is, but the server sees each silo's update, and updates can reveal something of the text they were "
-        "computed from. No privacy guarantee is claimed."
-    )
-
-
 def scores(run: Run) -> list[list[str]]:
     """Return the scores on tests, with the standard error of a share of right answers."""
     made = []
-    for entry in run.scores:
-        value, count, error = entry.get("federated"), entry.get("n"), NONE
+    for entry in [*run.scores, *measured(run)]:
+        value, count, error = entry.get("federated"), entry.get("n"), ""
         if is_number(value) and is_number(count) and count > 0 and 0 <= value <= 1:
             error = f"± {math.sqrt(value * (1 - value) / count):.3f}"
         texts = [number(score, 3) for score in (entry.get("base"), value)]
         made.append([plain(entry.get("name", "")), *texts, number(count, 0), error])
     return made
+
+
+def measured(run: Run) -> list[dict[str, Any]]:
+    """Return the scores that stand in the events of the base model and of the end."""
+    before, after = part(run.base, "scores"), part(run.done, "scores")
+    made = []
+    for name in dict.fromkeys([*before, *after]):
+        was, now = part(before, name), part(after, name)
+        entry = {"name": name, "base": was.get("accuracy"), "federated": now.get("accuracy")}
+        made.append(entry | {"n": now.get("n", was.get("n"))})
+    return made
+
+
+def resumed(run: Run) -> str:
+    """Say how often a run was taken up again."""
+    again = run.starts - 1
+    return f", resumed {'once' if again == 1 else f'{again} times'}" if again > 0 else ""
 
 
 def about(run: Run) -> list[tuple[str, str]]:
@@ -217,7 +174,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         "Trained": f"{number(trained)}{share}, {start.get('trainable', '')}".rstrip(", ") if trained else "",
         "Task": start.get("task"),
         "Silos": f"{len(part(start, 'silos')):,}" if part(start, "silos") else "",
-        "Rounds": rounds + (f", resumed {run.starts - 1} times" if run.starts > 1 else ""),
+        "Rounds": rounds + resumed(run),
         "Runtime": start.get("runtime"),
         "Device": ", ".join(str(start[key]) for key in ("device", "dtype") if start.get(key)),
         "Machine": start.get("machine"),

@@ -98,9 +98,7 @@ def gains(found: Comparison) -> Figure | None:
         for name, colour, side in sides
     ]
     x = axis("federated loss minus own model's loss, on own text")
-    return figure(
-        "Who would gain from a personal model", "", traces, 280, x=x, y=axis("silos"), barmode="overlay"
-    )
+    return figure("Who would gain from a personal model", "", traces, 280, x=x, y=axis("silos"), barmode="overlay")
 
 
 def matrix(found: Comparison) -> Figure | None:
@@ -133,7 +131,7 @@ def matrix(found: Comparison) -> Figure | None:
         "xgap": 2,
         "ygap": 2,
     }
-    x = names_axis(columns, side="top", tickangle="auto", autotickangles=[0, -90])
+    x = names_axis(columns, fold=len(columns) <= 6, side="top", autotickangles=[0, -90])
     y = axis(
         tickvals=list(range(len(models))),
         ticktext=[name for name, _ in models],
@@ -141,9 +139,7 @@ def matrix(found: Comparison) -> Figure | None:
         showgrid=False,
         zeroline=False,
     )
-    made = figure(
-        "Trained by (row), tested on the text of (column)", "", [trace], 110 + 32 * len(models), x=x, y=y
-    )
+    made = figure("Trained by (row), tested on the text of (column)", "", [trace], 110 + 32 * len(models), x=x, y=y)
     colours = [("lower loss than federated", LOWER), ("higher loss than federated", HIGHER)]
     return made._replace(key=colours if found.federated else [])
 
@@ -195,9 +191,7 @@ def history(run: Run) -> Figure | None:
             for place, name in enumerate(silos)
         ]
     else:
-        cuts = [
-            quantiles(values.values(), n=10) if len(values) > 1 else middle[:1] * 9 for _, values in points
-        ]
+        cuts = [quantiles(values.values(), n=10) if len(values) > 1 else middle[:1] * 9 for _, values in points]
         edges = [("best silo", min), ("worst silo", max)]
         traces = [line("", "#8a8f98", numbers, [cut[0] for cut in cuts])]
         band = line("the middle 80 % of silos", "#a9bfe6", numbers, [cut[-1] for cut in cuts])

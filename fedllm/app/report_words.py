@@ -77,7 +77,8 @@ def duration(seconds: Any) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min"
 
 
 def plain(name: Any, longest: int = 60) -> str:
@@ -110,9 +111,7 @@ def rounds_done(run: Run) -> str:
 
 def against_base(found: Comparison, silos: list[str], after: str) -> str:
     """Compare the federated model with the base model."""
-    start, end = (
-        sum(values[name] for name in silos) / len(silos) for values in (found.base, found.federated)
-    )
+    start, end = (sum(values[name] for name in silos) / len(silos) for values in (found.base, found.federated))
     better = sum(found.federated[name] < found.base[name] for name in silos)
     was, now = apart(start, end)
     verdict = "better than" if end < start else "worse than" if end > start else "equal to"
@@ -135,9 +134,7 @@ def against_alone(found: Comparison) -> str:
     low, high = min(means.values()), max(means.values())
     if len(means) == 1:
         verdict = "better" if federated < low else "no better"
-        return (
-            f"On everyone's text it is {verdict} than the model that {plain(best)} trained alone ({low:.2f})."
-        )
+        return f"On everyone's text it is {verdict} than the model that {plain(best)} trained alone ({low:.2f})."
     span = f"{low:.2f} to {high:.2f}, mean {average:.2f}"
     if federated < low:
         return f"On everyone's text it is better than every model that one silo trained alone ({span})."
@@ -171,9 +168,7 @@ def personal(found: Comparison) -> str:
         return "On its own text, no silo's own model is better than the federated one."
     if len(names) <= NAMED:
         pairs = (apart(found.alone[n], found.federated[n]) for n in names)
-        listed = [
-            f"{plain(n)} ({own} alone against {fed})" for n, (own, fed) in zip(names, pairs, strict=True)
-        ]
+        listed = [f"{plain(n)} ({own} alone against {fed})" for n, (own, fed) in zip(names, pairs, strict=True)]
         whose = "its" if len(names) == 1 else "their"
         return f"On {whose} own text, a personal model would still be better for {spoken(listed)}."
     worst = names[0]
@@ -193,9 +188,7 @@ def against_pooled(found: Comparison) -> str:
         return ""
     pooled, federated = apart(one, other)
     if one < other:
-        return (
-            f"Training on everything in one place reaches {pooled}, {other - one:.2g} lower than federated."
-        )
+        return f"Training on everything in one place reaches {pooled}, {other - one:.2g} lower than federated."
     return f"Training on everything in one place reaches {pooled}, no better than federated ({federated})."
 
 

@@ -35,7 +35,9 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found = {
             "base": last(events, "base").get(key, {}),
             "alone": {
-                event["silo"]: event[key][event["silo"]] for event in events if event["event"] == "alone" and key in event
+                event["silo"]: event[key][event["silo"]]
+                for event in events
+                if event["event"] == "alone" and key in event
             },
             "federated": looked[-1].get(key, {}) if looked else {},
             "pooled": last(events, "pooled").get(key, {}),
@@ -85,7 +87,10 @@ def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
     everywhere = metrics.get("alone_everywhere", {})
     if len(everywhere) > 1 and all(len(values) == len(names) for values in everywhere.values()):
         span = sorted(mean(values) for values in everywhere.values())
-        cells = {"alone": f"{span[0]:.3f}-{span[-1]:.3f}", "federated": f"{mean(losses.get('federated', {})):.3f}"}
+        cells = {
+            "alone": f"{span[0]:.3f}-{span[-1]:.3f}",
+            "federated": f"{mean(losses.get('federated', {})):.3f}",
+        }
         table.add_row("one model for everyone", *(cells.get(kind, f"{mean(losses[kind]):.3f}") for kind in kinds))
     return table
 

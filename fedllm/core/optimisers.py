@@ -69,17 +69,11 @@ def fedadagrad(learning_rate: float = 1e-2, beta1: float = 0.0, tau: float = 1e-
     return adaptive("FedAdagrad", lambda v, g2: v + g2, learning_rate, beta1, tau)
 
 
-def fedadam(
-    learning_rate: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
-) -> ServerOptimizer:
+def fedadam(learning_rate: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     """FedAdam: v = beta2 v + (1 - beta2) g^2."""
     return adaptive("FedAdam", lambda v, g2: beta2 * v + (1 - beta2) * g2, learning_rate, beta1, tau)
 
 
-def fedyogi(
-    learning_rate: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
-) -> ServerOptimizer:
+def fedyogi(learning_rate: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     """FedYogi: v = v - (1 - beta2) g^2 sign(v - g^2)."""
-    return adaptive(
-        "FedYogi", lambda v, g2: v - (1 - beta2) * g2 * torch.sign(v - g2), learning_rate, beta1, tau
-    )
+    return adaptive("FedYogi", lambda v, g2: v - (1 - beta2) * g2 * torch.sign(v - g2), learning_rate, beta1, tau)

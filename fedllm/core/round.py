@@ -137,7 +137,11 @@ def wire_stages(transforms: Sequence[Transform], like: Tensors) -> list[Tensors]
 
 
 def accept(
-    reply: Reply, round_number: int, waiting: set[str], transforms: Sequence[Transform], stages: Sequence[Tensors]
+    reply: Reply,
+    round_number: int,
+    waiting: set[str],
+    transforms: Sequence[Transform],
+    stages: Sequence[Tensors],
 ) -> Tensors:
     """Return the decoded update of a reply, or raise `Refused`; nothing in a reply is trusted."""
     if reply.client not in waiting:
@@ -201,5 +205,3 @@ def no_update_message(round_number: int, report: Report) -> str:
         f"Round {round_number + 1} has no usable update ({reasons}); if they are not finite, lower "
         "client.learning_rate or set client.max_grad_norm, then resume."
     )
-
-

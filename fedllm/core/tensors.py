@@ -16,9 +16,9 @@ def subtract(left: Tensors, right: Tensors) -> dict[str, Tensor]:
 
 def norm(tensors: Tensors) -> Tensor:
     """Return the L2 norm over all tensors together, as a scalar tensor."""
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(value, dtype=torch.float32) for value in tensors.values()])
-    )
+    each = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in tensors.values()]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(each))
+    return whole
 
 
 def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

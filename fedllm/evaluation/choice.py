@@ -52,8 +52,9 @@ def multiple_choice(
 ) -> Result:
     """Answer rows of `question`, `choices` and `answer`, which is the place of the right choice from 0.
 
-    With `limit` only that many are asked. As in lm-evaluation-harness: no examples before the question, no chat template, and each choice's
-    log-likelihood divided by its characters (`acc_norm`). `where` names the rows in errors.
+    With `limit` only that many are asked. As in lm-evaluation-harness: no examples before the
+    question, no chat template, and each choice's log-likelihood divided by its characters
+    (`acc_norm`). `where` names the rows in errors.
     """
     chosen = list(islice(rows, limit))
     for number, row in enumerate(chosen, 1):

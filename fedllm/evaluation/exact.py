@@ -45,9 +45,7 @@ def exact_match(
                 message = f"no column '{column}' among {found}; rename yours to it."
                 raise FedllmError(f"{where}, row {number}: {message}")
     asked = [[Turn("user", str(row["prompt"]))] for row in chosen]
-    written = complete(
-        model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick
-    )
+    written = complete(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick)
     return result([matches(text, str(row["answer"])) for text, row in zip(written, chosen, strict=True)])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from threading import Event, Thread
 from typing import Any
@@ -32,21 +31,18 @@ def complete(
 ) -> list[str]:
     """Return what the assistant says next in each conversation, up to the end token.
 
-    At temperature 0 the likeliest token is always taken. Uses the tokenizer's chat template if it
-    has one. `tick` is told the tokens written in every batch.
+    At temperature 0 the likeliest token is always taken. The tokenizer's chat template is used if it
+    has one; without it a next `Question:` ends the answer too. `tick` is told the tokens written.
     """
     asked = [prompt_ids(tokenizer, turns) for turns in conversations]
     written = [""] * len(asked)
-    device = next(model.parameters()).device
-    model.eval()
+    settings = how(model, tokenizer, max_new_tokens, temperature)
     for places in batches([len(ids) for ids in asked], batch_size, padded=not has_soft_prompt(model)):
-        ids_BT, mask_BT = pad_left([asked[place] for place in places], tokenizer.pad_token_id, device)
-        settings = how(model, tokenizer, max_new_tokens, temperature)
-        with torch.no_grad(), seeded(derive(seed, "complete", places[0]), device), without_warnings():
-            out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)  # type: ignore[operator]
-        new_BT = out_BT[:, ids_BT.shape[1] :]
-        for place, text in zip(places, tokenizer.batch_decode(new_BT, skip_special_tokens=True), strict=True):
-            written[place] = text.strip()
+        rows = [asked[place] for place in places]
+        new_BT = write(model, rows, settings, derive(seed, "complete", places[0]))
+        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        for place, text in zip(places, texts, strict=True):
+            written[place] = (text if tokenizer.chat_template else text.partition("\nQuestion:")[0]).strip()
         tick(new_BT.numel())
     return written
 
@@ -63,51 +59,58 @@ def chat_once(
     """Yield what the assistant says next as it is written; closing the iterator stops the model."""
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    device = next(model.parameters()).device
-    ids_BT, mask_BT = pad_left([prompt_ids(tokenizer, history)], tokenizer.pad_token_id, device)
+    asked = prompt_ids(tokenizer, history)
     settings = how(model, tokenizer, max_new_tokens, temperature)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped, failures = Event(), list[Exception]()
 
     def stop(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(so_far),), stopped.is_set(), device=device)
+        return torch.full((len(so_far),), stopped.is_set(), device=so_far.device)
 
-    def write() -> None:
+    def work() -> None:
+        own: dict[str, Any] = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([stop])}
         try:
-            # The gradient mode belongs to the thread, so it is set here and not around it.
-            with torch.no_grad(), seeded(derive(seed, "chat", len(history)), device):
-                model.generate(  # type: ignore[operator]
-                    input_ids=ids_BT,
-                    attention_mask=mask_BT,
-                    generation_config=settings,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
-        except Exception as error:  # whatever it is belongs to the one who reads
+            write(model, [asked], settings, derive(seed, "chat", len(history)), **own)
+        except Exception as error:  # whatever it is, it belongs to the one who reads
             failures.append(error)
-            streamer.end()
+            streamer.on_finalized_text("", stream_end=True)
 
-    model.eval()
-    thread = Thread(target=write, daemon=True)
-    with without_warnings():
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stopped.set()
-            thread.join()
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stopped.set()
+        thread.join()
     if failures:
         raise failures[0]
+
+
+def write(model: nn.Module, rows: Sequence[list[int]], settings: Any, seed: int, **how_to_stream: Any) -> Tensor:
+    """Return the tokens that follow each row of tokens, as new_BT."""
+    width, device = max(map(len, rows)), next(model.parameters()).device
+    # Padded on the left, so that all prompts end together.
+    ids = [[settings.pad_token_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    model.eval()
+    with torch.no_grad(), seeded(seed, device), warnings.catch_warnings():
+        # peft and transformers warn about what they pass to one another.
+        warnings.simplefilter("ignore")
+        out_BT: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+            **how_to_stream,
+        )
+    return out_BT[:, width:]
 
 
 def prompt_ids(tokenizer: Any, turns: Sequence[Turn]) -> list[int]:
     """Return the conversation's tokens up to where the assistant speaks next."""
     if not turns or turns[-1].role == "assistant":
-        raise FedllmError(
-            "The conversation gives the assistant nothing to answer; end it with a user's message."
-        )
+        raise FedllmError("The assistant has nothing to answer; end the conversation with a user's message.")
     text = opening(tokenizer, turns, chat=bool(tokenizer.chat_template))
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def batches(lengths: Sequence[int], batch_size: int, padded: bool) -> Iterator[list[int]]:
@@ -125,14 +128,6 @@ def has_soft_prompt(model: nn.Module) -> bool:
     return bool(config is not None and config.is_prompt_learning)
 
 
-def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad so that all prompts end together; also return which positions are text."""
-    width = max(map(len, rows))
-    ids = [[pad_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
     """Return the settings of a generation, which ends at the tokenizer's end token and at the model's own."""
     from transformers import GenerationConfig
@@ -147,12 +142,3 @@ def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: floa
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Keep quiet about settings that peft and transformers pass to one another."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield

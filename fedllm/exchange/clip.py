@@ -26,5 +26,8 @@ def clip(max_norm: float) -> Transform:
         return facts._replace(norm_bound=min(max_norm, facts.norm_bound or max_norm))
 
     return Transform(
-        "clip", lambda update, memory, seed: (clipped(update), {}), lambda wire, like: clipped(wire), claim=claim
+        "clip",
+        lambda update, memory, seed: (clipped(update), {}),
+        lambda wire, like: clipped(wire),
+        claim=claim,
     )

@@ -72,7 +72,9 @@ def lora_error(weights: str = "examples") -> Probe:
 
     def claim(facts: Facts) -> Facts:
         if facts.sees == "sum":
-            raise FedllmError("The LoRA aggregation error needs each silo's update, but the server sees only their sum; drop the probe.")
+            raise FedllmError(
+                "The LoRA aggregation error needs each silo's update, and the server sees only a sum; drop the probe."
+            )
         return facts
 
     return Probe("LoRA aggregation error", zero, add, done, claim)

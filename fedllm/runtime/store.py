@@ -40,7 +40,7 @@ def new_run(folder: Path) -> None:
     """Make a run's folder, which must not exist or be empty."""
     if folder.exists() and any(folder.iterdir()):
         raise FedllmError(
-            f"The run folder '{folder}' exists already; continue it with `fedllm resume {folder}` or choose another --out."
+            f"The run folder '{folder}' exists already; go on with `fedllm resume {folder}` or choose another --out."
         )
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -84,12 +84,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 metadata = file.metadata()
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise FedllmError(f"The checkpoint '{path}' cannot be read ({error}); delete it to go on from the one before.") from error
+            raise FedllmError(
+                f"The checkpoint '{path}' cannot be read ({error}); delete it to go on from the one before."
+            ) from error
         state = State(
-            int(metadata["round"]), below("params", tensors), below("optimiser", tensors), below("transforms", tensors)
+            int(metadata["round"]),
+            below("params", tensors),
+            below("optimiser", tensors),
+            below("transforms", tensors),
         )
         silos = json.loads(metadata["silos"])
-        memory = {name: below(f"memory.{number}", tensors) for number, name in enumerate(silos)}
+        memory: dict[str, Tensors] = {name: below(f"memory.{number}", tensors) for number, name in enumerate(silos)}
         return Checkpoint(state, memory)
     return None
 

@@ -57,9 +57,7 @@ def unpack_request(data: bytes) -> Request:
     """Return the request in a message, or raise `Refused`."""
     tensors, head = unpack(data)
     try:
-        return Request(
-            str(head["client"]), int(head["round"]), str(head["op"]), tensors, numbers(head["scalars"])
-        )
+        return Request(str(head["client"]), int(head["round"]), str(head["op"]), tensors, numbers(head["scalars"]))
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(f"its message is not a request ({error})") from error
 
@@ -73,9 +71,7 @@ def unpack_reply(data: bytes) -> Reply:
     """Return the reply in a message, or raise `Refused`."""
     tensors, head = unpack(data)
     try:
-        return Reply(
-            str(head["client"]), int(head["round"]), tensors, float(head["weight"]), numbers(head["scalars"])
-        )
+        return Reply(str(head["client"]), int(head["round"]), tensors, float(head["weight"]), numbers(head["scalars"]))
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(f"its message is not a reply ({error})") from error
 
@@ -89,7 +85,12 @@ def numbers(scalars: Any) -> Scalars:
 
 def request_head(request: Request) -> dict[str, Any]:
     """Return what a request's message says beside its tensors."""
-    return {"client": request.client, "round": request.round, "op": request.op, "scalars": dict(request.scalars)}
+    return {
+        "client": request.client,
+        "round": request.round,
+        "op": request.op,
+        "scalars": dict(request.scalars),
+    }
 
 
 def reply_head(reply: Reply) -> dict[str, Any]:
@@ -108,7 +109,11 @@ def message_bytes(tensors: Tensors, head: Mapping[str, Any]) -> int:
     # safetensors lays tensors out by falling size of their type, then by name.
     for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         end = place + value.numel() * value.element_size()
-        entries[name] = {"dtype": CODES[value.dtype], "shape": list(value.shape), "data_offsets": [place, end]}
+        entries[name] = {
+            "dtype": CODES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [place, end],
+        }
         place = end
     header = {"__metadata__": {"fedllm": json.dumps(head, sort_keys=True)}, **entries}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -56,9 +56,7 @@ def docstring_rows(package: str, limit: int = 600, seed: int = 0) -> list[Row]:
 
 def _files(package: str, seed: int) -> list[tuple[Path, Path]]:
     if not package.isidentifier():
-        raise FedllmError(
-            f"{package!r} is not a top-level package; give one name without dots, such as 'numpy'."
-        )
+        raise FedllmError(f"{package!r} is not a top-level package; give one name without dots, such as 'numpy'.")
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -66,9 +64,7 @@ def _files(package: str, seed: int) -> list[tuple[Path, Path]]:
     if spec is None:
         raise FedllmError(f"The package {package!r} is not installed; install it with pip or name another.")
     roots = [Path(place) for place in spec.submodule_search_locations or ()]
-    found = [
-        (root, file) for root in roots for file in root.rglob("*.py") if not _is_test(file.relative_to(root))
-    ]
+    found = [(root, file) for root in roots for file in root.rglob("*.py") if not _is_test(file.relative_to(root))]
     if not roots and spec.origin and spec.origin.endswith(".py"):
         found = [(Path(spec.origin).parent, Path(spec.origin))]
 
@@ -82,9 +78,7 @@ def _files(package: str, seed: int) -> list[tuple[Path, Path]]:
 
 
 def _is_test(file: Path) -> bool:
-    return not {"test", "tests", "testing", "conftest.py"}.isdisjoint(file.parts) or file.name.startswith(
-        "test_"
-    )
+    return not {"test", "tests", "testing", "conftest.py"}.isdisjoint(file.parts) or file.name.startswith("test_")
 
 
 def _module(package: str, root: Path, file: Path) -> str:

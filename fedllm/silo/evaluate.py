@@ -22,13 +22,12 @@ class Asked(NamedTuple):
     true: int
 
 
-def held_out(
-    objective: Objective, task: Task, tokenizer: Any, trainable: Trainable, *, batch_size: int = 16
-) -> Client:
+def held_out(objective: Objective, task: Task, tokenizer: Any, trainable: Trainable, *, batch_size: int = 16) -> Client:
     """Evaluate the request's tensors on the silo's held-out text.
 
-    With the scalar `base` it is the model as it was before training. The reply has `loss` (nats a scored token), `scored` (tokens) and, for a classification with
-    words, `accuracy`. Its weight is the scored tokens; where nothing can be scored there is no `loss`.
+    With the scalar `base` it is the model as it was before training. The reply has `loss` (nats a
+    scored token), `scored` (tokens) and, for a classification with words, `accuracy`. Its weight is
+    the scored tokens; where nothing can be scored there is no `loss`.
     """
     words = word_tokens(tokenizer, task)
     pad_id = tokenizer.pad_token_id
@@ -39,9 +38,7 @@ def held_out(
         asked = [each_word(example, words) for example in silo.data["test"]]
         rows = [row for each in asked for row in each.rows]
         with trainable.base(silo.model) if request.scalars.get("base") else nullcontext():
-            sums = log_likelihoods(
-                silo.model, rows, objective, pad_id=pad_id, batch_size=batch_size, tick=silo.tick
-            )
+            sums = log_likelihoods(silo.model, rows, objective, pad_id=pad_id, batch_size=batch_size, tick=silo.tick)
         scalars = summary(asked, sums, with_accuracy=bool(words))
         reply = Reply(request.client, request.round, {}, max(1.0, scalars["scored"]), scalars)
         return reply, silo.memory

@@ -1,5 +1,6 @@
-"""Examples, their order, and batches. Shape suffixes here and in all tensor code:
+"""Examples, their order, and batches.
 
+The shape suffixes here and in all tensor code:
 B rows of a batch, T tokens, V vocabulary, C clients of a cohort, R rank, I inputs, O outputs.
 """
 

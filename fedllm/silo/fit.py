@@ -62,9 +62,7 @@ def fit(
     device = next(iter(params.values())).device
     steps, clients = step_count(settings, members[0][1].data), len(members)
     streams = [
-        draws(
-            silo.data["train"], settings.batch_size, request.round * steps, steps, derive(silo.seed, "order")
-        )
+        draws(silo.data["train"], settings.batch_size, request.round * steps, steps, derive(silo.seed, "order"))
         for request, silo in members
     ]
     optimiser = inner_optimiser(params, settings)
@@ -101,7 +99,10 @@ def inner_optimiser(params: Mapping[str, nn.Parameter], settings: Settings) -> t
     if settings.optimiser == "sgd":
         return torch.optim.SGD(values, settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
-        values, settings.learning_rate, weight_decay=settings.weight_decay, fused=values[0].device.type != "mps"
+        values,
+        settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=values[0].device.type != "mps",
     )
 
 

@@ -47,7 +47,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, checkpointin
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype)
     except (OSError, ValueError) as error:
         raise FedllmError(no_model(name, error)) from error
     model.requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def causal_loss(autocast: torch.dtype | None = None) -> Objective:
     return loss_B
 
 
-def takes_logits_to_keep(model: nn.Module) -> bool:
+def takes_logits_to_keep(model: Any) -> bool:
     """Say whether the model can be asked for the last logits only."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return forward_takes(type(base), "logits_to_keep")

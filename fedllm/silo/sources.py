@@ -37,13 +37,9 @@ def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
         elif HUB_ID.fullmatch(str(source)) and _ending(path) is None:
             rows = _from_hub(str(source), split)
         else:
-            raise FedllmError(
-                f"{source} does not exist; give the path of a file or folder, or a hub id 'org/name'."
-            )
+            raise FedllmError(f"{source} does not exist; give the path of a file or folder, or a hub id 'org/name'.")
     except OSError as error:
-        raise FedllmError(
-            f"{source} cannot be read ({_first_line(error)}); check the file and its rights."
-        ) from error
+        raise FedllmError(f"{source} cannot be read ({_first_line(error)}); check the file and its rights.") from error
     if not rows:
         raise FedllmError(f"{source} has no rows; give a source with at least one, or leave this silo out.")
     return rows
@@ -57,9 +53,7 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> 
                 known = ", ".join(map(repr, row)) or "none"
                 hint = nearest(column, map(str, row))
                 remedy = hint if hint.startswith("did") else "name one of these or add it to the data."
-                raise FedllmError(
-                    f"{where}, row {number}, has no column {column!r} (its columns: {known}); {remedy}"
-                )
+                raise FedllmError(f"{where}, row {number}, has no column {column!r} (its columns: {known}); {remedy}")
 
 
 def hold_out(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -99,18 +93,14 @@ def _from_folder(folder: Path, split: str) -> list[dict[str, Any]]:
         return _from_disk(folder, split)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _ending(file) is not None)
     if not files:
-        raise FedllmError(
-            f"{folder} holds no file that can be read; known endings are {', '.join(sorted(READERS))}."
-        )
+        raise FedllmError(f"{folder} holds no file that can be read; known endings are {', '.join(sorted(READERS))}.")
     splits = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
     chosen = [file for file in files if split in splits[file]]
     if not chosen and split == "train":
         chosen = [file for file in files if splits[file].isdisjoint(SPLIT_WORDS)]
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
-        raise FedllmError(
-            f"{folder} has no file named after the split {split!r} (it holds {names}); rename one."
-        )
+        raise FedllmError(f"{folder} has no file named after the split {split!r} (it holds {names}); rename one.")
     return [row for file in chosen for row in _from_file(file)]
 
 
@@ -120,9 +110,7 @@ def _from_disk(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever a broken Arrow file raises, the remedy is the same
-        raise FedllmError(
-            f"{folder} is not a whole saved dataset ({_first_line(error)}); save it again."
-        ) from error
+        raise FedllmError(f"{folder} is not a whole saved dataset ({_first_line(error)}); save it again.") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise FedllmError(f"{folder} has no split {split!r}; {nearest(split, found)}")
@@ -233,9 +221,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(str(path), partitioning=None).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise FedllmError(
-            f"{path} is not a whole Parquet file ({_first_line(error)}); make it again."
-        ) from error
+        raise FedllmError(f"{path} is not a whole Parquet file ({_first_line(error)}); make it again.") from error
     return rows
 
 

@@ -86,7 +86,9 @@ def conversation(row: Row, prompt: str, response: str, where: str) -> list[Turn]
 def tokenise(tokenizer: Any, pieces: Sequence[tuple[str, bool]], max_tokens: int) -> Example | None:
     """Tokenise the pieces as one text, scoring the tokens that end in a marked piece; None if no such token fits."""
     if not tokenizer.is_fast:
-        raise FedllmError(f"{type(tokenizer).__name__} cannot say where its tokens stand; use the model's fast tokenizer.")
+        raise FedllmError(
+            f"{type(tokenizer).__name__} cannot say where its tokens stand; use the model's fast tokenizer."
+        )
     text = "".join(piece for piece, _ in pieces)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     scored, ends, place = list[bool](), list[int](), 0
@@ -108,7 +110,8 @@ def causal(tokenizer: Any, *, block: int = 256, text: str = "text") -> Task:
         for number, row in enumerate(rows, 1):
             if text not in row:
                 raise FedllmError(
-                    f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; name yours with task.text."
+                    f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; "
+                    "name yours with task.text."
                 )
             ids = tokenizer(str(row[text]), add_special_tokens=False)["input_ids"]
             skipped += not ids

@@ -58,9 +58,7 @@ def apply(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) ->
     """Render turns with the tokenizer's chat template."""
     messages = [turn._asdict() for turn in turns]
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program of the model's author and may raise anything
         raise FedllmError(
             f"The tokenizer's chat template refuses a conversation of {', '.join(t.role for t in turns)} ({error}); "

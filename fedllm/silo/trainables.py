@@ -48,7 +48,9 @@ def write(params: dict[str, nn.Parameter], tensors: Tensors) -> None:
     """Copy tensors into the trained parameters, which must be exactly those."""
     if params.keys() != tensors.keys():
         odd = sorted(params.keys() ^ tensors.keys())[0]
-        raise FedllmError(f"The model does not train what was sent (first odd name: '{odd}'); use the run's own recipe.")
+        raise FedllmError(
+            f"The model does not train what was sent (first odd name: '{odd}'); use the run's own recipe."
+        )
     with torch.no_grad():
         for name, value in tensors.items():
             params[name].copy_(value)
@@ -133,9 +135,10 @@ def peft_method(method: str, **config: Any) -> Trainable:
             except (ValueError, KeyError, TypeError, NotImplementedError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
-    return Trainable(
-        method.lower(), attach, lambda model: model.disable_adapter(), lambda model: merge(method, model), True
-    )
+    def base(model: Any) -> AbstractContextManager[Any]:
+        return model.disable_adapter()
+
+    return Trainable(method.lower(), attach, base, lambda model: merge(method, model), adapter=True)
 
 
 def with_targets(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -165,13 +168,13 @@ def misfit(method: str, model: nn.Module, error: Exception) -> str:
     )
 
 
-def merge(method: str, model: nn.Module) -> nn.Module:
+def merge(method: str, model: Any) -> nn.Module:
     """Fold an adapter into the weights, or say that a soft prompt has no place there."""
     if not hasattr(model, "merge_and_unload"):
         raise FedllmError(f"A {method} adapter has no weights to merge into; use the run's adapter folder instead.")
     return model.merge_and_unload()
 
 
-def export(model: nn.Module, folder: Path) -> None:
+def export(model: Any, folder: Path) -> None:
     """Write what was learned as an ordinary peft (or transformers) folder, in safetensors."""
-    model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    model.save_pretrained(folder, safe_serialization=True)

@@ -99,9 +99,7 @@ def by_equal_steps(cohort: Cohort, settings: Settings) -> Cohort:
     return grouped
 
 
-def answer(
-    request: Request, silo: Silo, update: dict[str, Tensor], told: Fit, place: int
-) -> tuple[Reply, Tensors]:
+def answer(request: Request, silo: Silo, update: dict[str, Tensor], told: Fit, place: int) -> tuple[Reply, Tensors]:
     """Return a member's reply, its tensors where the request's were, and its memory, which is none."""
     home = {name: value.to(request.tensors[name].device) for name, value in update.items()}
     weight = float(len(silo.data["train"]))

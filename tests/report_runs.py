@@ -118,9 +118,7 @@ def metrics() -> dict[str, Any]:
     }
 
 
-def write(
-    folder: Path, lines: list[dict[str, Any]] | None = None, measured: dict[str, Any] | None = None
-) -> Path:
+def write(folder: Path, lines: list[dict[str, Any]] | None = None, measured: dict[str, Any] | None = None) -> Path:
     """Write a run folder; with no arguments that of the finished quickstart."""
     measured = metrics() if lines is None else measured
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fedllm.core.errors import FedllmError, Interrupted
+from fedllm.core.types import Request, Silo
+from fedllm.silo.evaluate import each_word, held_out
+from fedllm.silo.examples import IGNORED, Example
+from fedllm.silo.objective import causal_loss
+from fedllm.silo.tasks import causal, classify, instruct, word_tokens
+from fedllm.silo.trainables import full, lora, p_tuning, prefix, prompt, trained
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(chat=True)
+ROWS = [
+    {"prompt": "where?", "response": "the cat sat on the mat"},
+    {"prompt": "who is it that sat on the mat?", "response": "the cat"},
+    {"prompt": "hm?", "response": "é"},
+]
+WORDS = {"1": "positive", "0": "negative", "2": "on", "3": "on the mat"}
+
+
+def a_silo(model, examples, tick=lambda tokens: None):
+    return Silo("a", model, {"train": [], "test": examples}, {"kept": torch.ones(2)}, 0, tick)
+
+
+def ask(client, silo, tensors=None, **scalars):
+    return client(Request("a", 3, "evaluate", tensors or {}, scalars), silo)
+
+
+def mean_loss(model, examples):
+    total, scored = 0.0, 0
+    for example in examples:
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([example.input_ids])).logits[0, -len(example.input_ids) :]
+        labels_T = torch.tensor(example.labels)[1:]
+        total += float(functional.cross_entropy(logits_TV[:-1], labels_T, ignore_index=IGNORED, reduction="sum"))
+        scored += int((labels_T != IGNORED).sum())
+    return total / scored, scored
+
+
+def shaken(model):
+    draw = torch.Generator().manual_seed(1)
+    return {
+        name: value.detach() + 0.1 * torch.randn(value.shape, generator=draw) for name, value in trained(model).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "trainable", [full(), lora(4), prefix(3), prompt(3), p_tuning(3, 8)], ids=lambda trainable: trainable.name
+)
+def test_loss_is_that_of_the_tensors_sent_and_base_that_of_before(trainable):
+    task = instruct(TOKENIZER)
+    examples = task.prepare(ROWS, "rows").examples
+    model = trainable.attach(tiny_model(len(TOKENIZER)), 0)
+    sent = shaken(model)
+    client = held_out(causal_loss(), task, TOKENIZER, trainable, batch_size=2)
+    reply, memory = ask(client, a_silo(model, examples), sent)
+    loss, scored = mean_loss(model, examples)
+    assert reply.scalars == {"loss": pytest.approx(loss, rel=1e-4), "scored": scored}
+    assert (reply.client, reply.round, reply.tensors, reply.weight) == ("a", 3, {}, float(scored))
+    assert memory == {"kept": memory["kept"]} and torch.equal(memory["kept"], torch.ones(2))
+    assert all(torch.equal(value, sent[name]) for name, value in trained(model).items())
+    assert all(value.grad is None for value in model.parameters())
+
+    before, _ = mean_loss(tiny_model(len(TOKENIZER)), examples)
+    based, _ = ask(client, a_silo(model, examples), base=1.0)
+    if trainable.adapter:
+        assert based.scalars["loss"] == pytest.approx(before, rel=1e-4)
+        assert based.scalars["loss"] != pytest.approx(loss, rel=1e-3)
+        again, _ = ask(client, a_silo(model, examples))
+        assert again.scalars == reply.scalars
+
+
+def test_dropout_is_off():
+    trainable = lora(4, dropout=0.9)
+    task = causal(TOKENIZER, block=16)
+    examples = task.prepare([{"text": "the cat sat on the mat " * 9}], "rows").examples
+    model = trainable.attach(tiny_model(len(TOKENIZER)), 0).train()
+    client = held_out(causal_loss(), task, TOKENIZER, trainable)
+    sent = shaken(model)
+    first, second = (ask(client, a_silo(model, examples), sent)[0] for _ in range(2))
+    assert first.scalars == second.scalars
+
+
+def test_other_names_than_the_models_are_refused():
+    client = held_out(causal_loss(), instruct(TOKENIZER), TOKENIZER, lora(4))
+    model = lora(4).attach(tiny_model(len(TOKENIZER)), 0)
+    with pytest.raises(FedllmError, match="odd name: 'x'"):
+        ask(client, a_silo(model, []), {**shaken(model), "x": torch.ones(1)})
+
+
+def test_no_held_out_text_gives_no_loss():
+    client = held_out(causal_loss(), classify(TOKENIZER, words=WORDS), TOKENIZER, full())
+    reply, _ = ask(client, a_silo(tiny_model(len(TOKENIZER)), []))
+    assert reply.scalars == {"scored": 0.0} and reply.weight == 1.0
+
+
+def test_an_interruption_passes_through():
+    def stop(tokens):
+        raise Interrupted
+
+    task = instruct(TOKENIZER)
+    silo = a_silo(tiny_model(len(TOKENIZER)), task.prepare(ROWS, "rows").examples, stop)
+    with pytest.raises(Interrupted):
+        ask(held_out(causal_loss(), task, TOKENIZER, full()), silo)
+    assert torch.is_grad_enabled()
+
+
+def test_each_word_takes_the_place_of_the_examples_own():
+    task = classify(TOKENIZER, words=WORDS)
+    words = word_tokens(TOKENIZER, task)
+    assert len({len(word) for word in words}) > 1
+    for label, word in WORDS.items():
+        (example,) = task.prepare([{"text": "a film", "label": label}], "rows").examples
+        asked = each_word(example, words)
+        assert asked.rows[asked.true] == example
+        assert [TOKENIZER.decode(row.input_ids) for row in asked.rows] == [
+            f"a film\nLabel: {each}" for each in WORDS.values()
+        ]
+        assert TOKENIZER.decode(asked.words[asked.true]) == f" {word}"
+
+
+def test_a_word_that_is_cut_otherwise_joins_the_choices():
+    asked = each_word(Example([7, 8, 9], [IGNORED, 8, 9]), [(5,), (6, 6)])
+    assert asked.words == [(5,), (6, 6), (8, 9)] and asked.true == 2
+
+
+def test_accuracy_is_the_share_of_examples_whose_word_is_likeliest():
+    task = classify(TOKENIZER, words=WORDS)
+    texts = ["the cat", "a mat!", "é 42"]
+    model = tiny_model(len(TOKENIZER))
+    rows = [{"text": text, "label": label} for text in texts for label in WORDS]
+    examples = task.prepare(rows, "rows").examples
+    reply, _ = ask(held_out(causal_loss(), task, TOKENIZER, full(), batch_size=5), a_silo(model, examples))
+    loss, scored = mean_loss(model, examples)
+    assert reply.scalars["loss"] == pytest.approx(loss, rel=1e-4)
+    assert reply.scalars["scored"] == reply.weight == scored
+    # Every text is there once with every label, so exactly one of its rows is right.
+    assert reply.scalars["accuracy"] == pytest.approx(1 / len(WORDS))
+
+
+def test_accuracy_by_hand_with_words_of_several_tokens():
+    task = classify(TOKENIZER, words=WORDS)
+    model = tiny_model(len(TOKENIZER), seed=3)
+    client = held_out(causal_loss(), task, TOKENIZER, full())
+    for text in ["the cat", "a mat!", "Sure, here"]:
+        chances = {}
+        for label in WORDS:
+            (example,) = task.prepare([{"text": text, "label": label}], "rows").examples
+            loss, scored = mean_loss(model, [example])
+            chances[label] = math.exp(-loss * scored)
+        # " on" begins " on the mat".
+        chances["2"] -= chances["3"]
+        for label in WORDS:
+            examples = task.prepare([{"text": text, "label": label}], "rows").examples
+            reply, _ = ask(client, a_silo(model, examples))
+            assert reply.scalars["accuracy"] == float(label == max(chances, key=chances.__getitem__))
+
+
+def test_without_words_there_is_no_accuracy():
+    task = classify(TOKENIZER)
+    examples = task.prepare([{"text": "the cat", "label": "cat"}], "rows").examples
+    reply, _ = ask(held_out(causal_loss(), task, TOKENIZER, full()), a_silo(tiny_model(len(TOKENIZER)), examples))
+    assert set(reply.scalars) == {"loss", "scored"}
