@@ -72,12 +72,13 @@ def build(recipe: Recipe, weights: bool = True) -> Parts:
     task = make("task", recipe.task, tokenizer)
     trainable = make("trainable", recipe.trainable)
     silos = Silos(open_shards(recipe), task)
+    silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
 
     # Weights that are trained stay in float32, whatever type they are computed in.
     kept = dtype if trainable.adapter else torch.float32
     if weights:
-        base = load_model(recipe.model, device, kept, recipe.gradient_checkpointing)
+        base = load_model(recipe.model, device, kept, longest(silos), recipe.gradient_checkpointing)
     else:
         base = empty_model(recipe.model, kept)
     model = trainable.attach(base, recipe.seed)
@@ -123,9 +124,13 @@ def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algo
     if recipe.runtime == "local" or not fits:
         return 1
     rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
-    lengths = sorted(len(example.input_ids) for example in silos.examples(silos.names[0])["train"])
-    width = cohort_width(model, rows, lengths[len(lengths) * 3 // 4], device)
+    width = cohort_width(model, rows, longest(silos), device)
     return max(2, width) if recipe.runtime == "cohort" else width
+
+
+def longest(silos: Silos) -> int:
+    """Return the tokens of the longest example that the first silo trains on: what one may expect of all."""
+    return max(len(example.input_ids) for example in silos.examples(silos.names[0])["train"])
 
 
 def quiet_libraries() -> None:

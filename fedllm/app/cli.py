@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedllm.core.errors import FedllmError, Interrupted
 
@@ -55,7 +56,7 @@ def plan(recipe: RecipeFile, settings: Settings = []) -> None:  # noqa: B006
     from fedllm.app.plan_view import plan_lines
 
     for line in plan_lines(build(recipe_of(recipe, settings), weights=False)):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
 @app.command()
@@ -71,7 +72,7 @@ def resume(folder: RunFolder) -> None:
 def evaluate(
     target: Annotated[Path, typer.Argument(help="A run, an adapter folder or a model folder.", show_default=False)],
     data: Annotated[list[str], typer.Option("--data", help="Text to evaluate on; by default the run's silos.")] = [],  # noqa: B006
-    limit: Annotated[int, typer.Option(help="Rows of each file that are used at most.")] = 100,
+    limit: Annotated[int, typer.Option(help="Rows of each --data file that are used at most.")] = 100,
 ) -> None:
     """Measure a result: loss and perplexity, multiple choice or exact match, by what the file holds."""
     from fedllm.app.evaluate import evaluate as measure
@@ -100,7 +101,7 @@ def export(
     """Write a run's result for use elsewhere."""
     from fedllm.app.export import export_run
 
-    out.print(f"Written to {export_run(folder, to, merged)}", highlight=False)
+    say(f"Written to {export_run(folder, to, merged)}")
 
 
 @app.command()
@@ -110,7 +111,7 @@ def report(folder: RunFolder) -> None:
 
     if not (folder / "events.jsonl").exists():
         raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
-    out.print(f"Report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    say(f"Report: {write_report(folder)}")
 
 
 def recipe_of(source: Path, settings: list[str]) -> Recipe:
@@ -125,7 +126,8 @@ def start(recipe: Recipe, folder: Path | None) -> None:
     from fedllm.app.progress import Ui
     from fedllm.app.run import run as go
 
-    out.print(f"[bold]{recipe.name}[/]: {recipe.model}, {recipe.rounds} rounds", highlight=False)
+    rounds = f"{recipe.rounds} round{'s' * (recipe.rounds != 1)}"
+    out.print(Text.assemble((recipe.name, "bold"), f": {rounds} of {recipe.model}"), highlight=False, soft_wrap=True)
     close(go(recipe, folder, ui=Ui(out)))
 
 
@@ -136,11 +138,17 @@ def close(folder: Path) -> None:
     metrics = read_metrics(folder)
     out.print()
     out.print(comparison(metrics))
-    out.print(verdict(metrics), highlight=False)
+    out.print(verdict(metrics), highlight=False, markup=False)
     out.print()
     for what, name in (("Report", "report.html"), ("Adapter", "adapter"), ("Model", "model")):
         if (folder / name).exists():
-            out.print(f"{what + ':':<9}{folder / name}", highlight=False, soft_wrap=True)
+            say(f"{what + ':':<9}{folder / name}")
+    say(f"Talk:    fedllm chat {folder}")
+
+
+def say(text: str) -> None:
+    """Print a line as it is, not broken where a path would be cut."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -148,11 +156,17 @@ def main() -> None:
     try:
         app()
     except FedllmError as error:
-        err.print(f"[red]Error:[/] {error}".replace("[/] ", "[/] ", 1), highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except Interrupted:
-        err.print("Stopped; `fedllm resume` with the run's folder goes on from the last round.", highlight=False)
+        fail(str(error))
+    except Interrupted as stop:
+        err.print(str(stop) or "Stopped.", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        err.print(f"[red]Error:[/] {error.strerror or error} ({error.filename}); nothing is lost.", highlight=False)
-        sys.exit(2)
+        where = f" ('{error.filename}')" if error.filename else ""
+        fail(f"{error.strerror or error}{where}; what the run has written so far is kept.")
+
+
+def fail(sentence: str) -> NoReturn:
+    """Print what is wrong and end."""
+    # Brackets in a sentence are the user's or a recipe's, not colours.
+    err.print(Text.assemble(("Error:", "red"), " ", sentence), highlight=False, soft_wrap=True)
+    sys.exit(2)

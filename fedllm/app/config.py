@@ -105,7 +105,10 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Seque
         if isinstance(table.get(kind), str):
             table[kind] = {"name": table[kind]}
         if isinstance(table.get(kind), Mapping) and "name" not in table[kind]:
-            raise FedllmError(f"{where}: [{kind}] has no 'name'; say which {kind} it is.")
+            usual = Recipe.__pydantic_fields__[kind].default
+            if not usual:
+                raise FedllmError(f"{where}: [{kind}] has no 'name'; say which {kind} it is.")
+            table[kind] = {**usual, **table[kind]}
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:

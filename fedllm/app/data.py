@@ -32,8 +32,15 @@ def open_rows(source: str, root: Path) -> Rows:
     """Read the rows of a source: a file, folder or hub id, or an installed package's docstrings."""
     if source.startswith(DOCSTRINGS):
         return docstring_rows(source.removeprefix(DOCSTRINGS))
-    path = root / source
+    path = root / Path(source).expanduser()
     return read_rows(path if path.exists() or Path(source).suffix else source)
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """Return the recipe with its folders absolute, so that its run is the same seen from any folder."""
+    model = Path(recipe.model).expanduser()
+    data = recipe.data.model_copy(update={"root": str(Path(recipe.data.root).expanduser().absolute())})
+    return recipe.model_copy(update={"data": data, "model": str(model.absolute()) if model.is_dir() else recipe.model})
 
 
 def open_shards(recipe: Recipe) -> dict[str, Shard]:
@@ -84,6 +91,11 @@ class Silos:
     def examples(self, name: str) -> Dataset:
         """Return a silo's examples by split."""
         return self._examples(name)
+
+    def check(self) -> None:
+        """Make every silo's examples once, so that what does not fit in any of them shows now."""
+        for name in self.names:
+            self.examples(name)
 
     def _make(self, name: str) -> Dataset:
         shard = self.shards[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedllm.app.build import Parts
+from fedllm.app.build import Parts, longest
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
 
@@ -64,10 +64,9 @@ def activations(parts: Parts) -> int:
     layers = getattr(config, "num_hidden_layers", 0)
     client = parts.recipe.client
     rows = int(client.get("micro_batch") or client.get("batch_size", 8)) * parts.width
-    longest = max(len(example.input_ids) for example in parts.silos.examples(parts.silos.names[0])["train"])
     word = 2 if "16" in str(parts.dtype) else 4
     kept = 2 if parts.recipe.gradient_checkpointing else 16
-    return rows * longest * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 8))
+    return rows * longest(parts.silos) * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 8))
 
 
 def memory_note(parts: Parts) -> str:

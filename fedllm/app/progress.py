@@ -15,13 +15,25 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from fedllm.core.errors import Interrupted
+
+
+class TimeLeftColumn(TimeRemainingColumn):
+    """The time left, said to be that; nothing while it is unknown."""
+
+    def render(self, task: Task) -> Text:
+        """Return the time left as text."""
+        if task.time_remaining is None:
+            return Text("")
+        return super().render(task).append(" left")
 
 
 class Ui:
@@ -36,17 +48,20 @@ class Ui:
         self.stopping = False
         self.tokens, self.since = 0, time.perf_counter()
         self._bars = Progress(
-            TextColumn("[bold]{task.description:<28}"),
-            BarColumn(bar_width=28),
+            TextColumn("{task.description:<24}", style="bold", markup=False),
+            BarColumn(bar_width=max(6, min(28, self.console.width - 72))),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]:<15}", markup=False),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeLeftColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
+            # A round may take minutes, and its speed is that of the round before it.
+            speed_estimate_period=3600,
         )
         self._whole: TaskID | None = None
         self._part: TaskID | None = None
+        self._what, self._share, self._done = "", 0.0, 0
         self._before: Any = None
 
     def __enter__(self) -> Ui:
@@ -70,30 +85,34 @@ class Ui:
 
     def say(self, text: str) -> None:
         """Print one line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def whole(self, what: str, total: int, done: int = 0) -> None:
         """Show how far the whole run is: `done` of `total` parts."""
-        if self._whole is None:
-            self._whole = self._bars.add_task(what, total=total, completed=done, note="")
-        else:
-            self._bars.update(self._whole, description=what, total=total, completed=done)
+        self._done = done
+        if self._whole is not None and self._bars.tasks[0].description == what:
+            self._bars.update(self._whole, total=total, completed=done)
+            return
+        if self._whole is not None:
+            self._bars.remove_task(self._whole)
+        self._whole = self._bars.add_task(what, total=total, completed=done, note="")
 
     @contextmanager
-    def part(self, what: str, steps: int | None) -> Iterator[None]:
-        """Show a part of the run that takes so many steps (unknown if None)."""
+    def part(self, what: str, steps: int | None, counts: bool = False) -> Iterator[None]:
+        """Show a part of the run that takes so many steps (unknown if None); if it `counts` it is 1 of the whole."""
         self.tokens, self.since = 0, time.perf_counter()
+        self._what, self._share = what, 1 / steps if counts and steps else 0.0
         self._part = self._bars.add_task(what, total=steps, note="")
         try:
             yield
         finally:
             self._bars.remove_task(self._part)
-            self._part = None
+            self._part, self._share = None, 0.0
 
-    def at(self, silo: str, what: str) -> None:
+    def at(self, silo: str) -> None:
         """Name the silo at work."""
         if self._part is not None:
-            self._bars.update(self._part, description=f"{what} · {silo}"[:28])
+            self._bars.update(self._part, description=f"{self._what} · {silo}"[:24])
 
     def tick(self, tokens: int) -> None:
         """Note one step of so many tokens."""
@@ -103,3 +122,5 @@ class Ui:
         if self._part is not None:
             speed = self.tokens / max(1e-9, time.perf_counter() - self.since)
             self._bars.update(self._part, advance=1, note=f"{speed:,.0f} tokens/s")
+        if self._whole is not None and self._share:
+            self._bars.advance(self._whole, self._share)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.runtime.store import read_events, write_text
@@ -78,9 +79,9 @@ def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
     for name in names[:most]:
         values = {kind: losses[kind].get(name) for kind in kinds}
         best = min(value for value in values.values() if value is not None)
-        table.add_row(name, *(shown(value, value == best) for value in values.values()))
+        table.add_row(escape(name), *(shown(value, value == best) for value in values.values()))
     if len(names) > most:
-        table.add_row(f"... {len(names) - most} more", *[""] * len(kinds))
+        table.add_row(f"… {len(names) - most} more", *[""] * len(kinds))
     table.add_section()
     means = [mean(losses[kind]) for kind in kinds]
     table.add_row("mean", *(f"{value:.3f}" for value in means))
@@ -88,7 +89,7 @@ def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
     if len(everywhere) > 1 and all(len(values) == len(names) for values in everywhere.values()):
         span = sorted(mean(values) for values in everywhere.values())
         cells = {
-            "alone": f"{span[0]:.3f}-{span[-1]:.3f}",
+            "alone": f"{span[0]:.3f} to {span[-1]:.3f}",
             "federated": f"{mean(losses.get('federated', {})):.3f}",
         }
         table.add_row("one model for everyone", *(cells.get(kind, f"{mean(losses[kind]):.3f}") for kind in kinds))

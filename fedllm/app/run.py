@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,25 @@ import torch
 import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
+from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
 from fedllm.app.report import write_report
-from fedllm.app.results import write_metrics
-from fedllm.app.scores import score_files
+from fedllm.app.results import mean, write_metrics
+from fedllm.app.scores import check_files, score_files
 from fedllm.app.stages import baselines, evaluation_steps, held_out_losses, one_round
+from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import State, Tensors
-from fedllm.runtime.store import append_event, load_checkpoint, locked, new_run, trim_events, write_text
+from fedllm.runtime.store import (
+    append_event,
+    load_checkpoint,
+    locked,
+    new_run,
+    on_disk,
+    read_events,
+    trim_events,
+    write_text,
+)
 from fedllm.silo.partition import who_holds_what
 from fedllm.silo.trainables import export, trained, write
 
@@ -38,24 +52,74 @@ def run(
 
     Raises `FedllmError` with one sentence for whatever the user can mend.
     """
-    read = read_recipe(recipe, settings)
+    read = anchored(read_recipe(recipe, settings))
     folder = Path(out) if out else Path("runs") / read.name
-    new_run(folder)
-    with locked(folder), ui or Ui(None) as shown:
-        parts = build(read)
-        write_text(folder / "recipe.toml", write_recipe(read))
-        append_event(folder, start_event(parts))
-        go(folder, parts, shown)
+    if folder.exists():
+        new_run(folder)
+    with ui or Ui(None) as shown:
+        # Whatever is wrong shows here, before there is a folder.
+        parts = built(read, shown)
+        check_files(read)
+        place(folder, read)
+        with locked(folder), resumable(folder):
+            go(folder, parts, shown)
     return folder
 
 
 def resume(folder: str | Path, ui: Ui | None = None) -> Path:
     """Go on with a run from its last checkpoint; the result is that of the run that was not stopped."""
     folder = Path(folder)
-    with locked(folder), ui or Ui(None) as shown:
-        parts = build(read_recipe(read_toml(folder / "recipe.toml")))
-        go(folder, parts, shown)
+    if not (folder / "recipe.toml").is_file():
+        raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
+    with locked(folder), ui or Ui(None) as shown, resumable(folder):
+        go(folder, built(read_recipe(read_toml(folder / "recipe.toml")), shown), shown)
     return folder
+
+
+def built(recipe: Recipe, ui: Ui) -> Parts:
+    """Build a run's parts and say in a line what they are."""
+    with ui.part("opening model and text", None):
+        parts = build(recipe)
+    silos = parts.silos
+    train, test = (sum(len(shard[place]) for shard in silos.shards.values()) for place in (0, 1))
+    skipped = sum(silos.skipped.values())
+    ui.say(
+        f"{len(silos.names)} silos, {train:,} rows to learn from and {test:,} held out"
+        + (f" ({skipped:,} of them too long or empty)" if skipped else "")
+    )
+    ui.say(f"{parts.plan.parameters:,} parameters trained ({parts.trainable.name}), {computed(parts)}")
+    return parts
+
+
+def computed(parts: Parts) -> str:
+    """Say where and how a run computes."""
+    together = f", {parts.width} silos as one batch" if parts.width > 1 else ""
+    return f"on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}{together}"
+
+
+def place(folder: Path, recipe: Recipe) -> None:
+    """Make the run's folder with the recipe in it, both at once: a folder without one could not be resumed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside.mkdir(exist_ok=True)
+    try:
+        write_text(beside / "recipe.toml", write_recipe(recipe))
+        beside.rename(folder)
+    except OSError:
+        if folder.exists():
+            new_run(folder)
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Tell the user who stops a run how to go on with it."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted(f"Stopped; `fedllm resume {folder}` goes on from the last round.") from None
 
 
 def go(folder: Path, parts: Parts, ui: Ui) -> None:
@@ -76,27 +140,31 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
         begun = time.perf_counter()
         with ui.part("base model", evaluation_steps(parts)):
             losses = held_out_losses(parts, ui, parts.params, base=True)
-        scores = score_files(parts, base=True)
+        scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
+        ui.say(f"base model: held-out loss {mean(losses['loss']):.3f}")
     stored = 0.0
     while state.round < recipe.rounds:
         state, stored = one_round(folder, parts, state, memory, ui, stored)
         ui.whole("rounds", recipe.rounds, state.round)
     baselines(folder, parts, ui)
-    finish(folder, parts, state)
+    finish(folder, parts, state, ui)
 
 
-def finish(folder: Path, parts: Parts, state: State) -> None:
+def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
     """Write the adapter (or model), the numbers and the report."""
-    write(trained(parts.model), state.params)
-    scores = score_files(parts)
-    target = folder / ("adapter" if parts.trainable.adapter else "model")
-    export(parts.model, target)
-    parts.tokenizer.save_pretrained(target)
-    events = [event for event in trim_events(folder, state.round) if event["event"] not in ("done",)]
-    seconds = sum(total_seconds(event) for event in events)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    append_event(folder, {"event": "done", "scores": scores, "seconds": seconds, "peak_mb": round(peak)})
+    events = read_events(folder)
+    # A resumed run may have come this far before; the result is whole if this was the last word.
+    if events[-1]["event"] != "done":
+        write(trained(parts.model), state.params)
+        scores = score_files(parts, ui.tick)
+        target = folder / ("adapter" if parts.trainable.adapter else "model")
+        with on_disk(target):
+            export(parts.model, target)
+            parts.tokenizer.save_pretrained(target)
+        seconds = sum(total_seconds(event) for event in events if event["event"] != "done")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+        append_event(folder, {"event": "done", "scores": scores, "seconds": seconds, "peak_mb": round(peak)})
     write_metrics(folder)
     write_report(folder)
 

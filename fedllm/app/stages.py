@@ -32,7 +32,7 @@ def one_round(folder: Path, parts: Parts, state: State, memory: Memory, ui: Ui, 
     asked = list(parts.select(state.round))
     steps = sum(parts.work().steps(parts.silos.examples(name)) for name in asked) if len(asked) <= 64 else None
     begun = clock()
-    with ui.part(f"round {state.round + 1}", steps):
+    with ui.part(f"round {state.round + 1}", steps, counts=True):
         exchange = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
         after, report = parts.algorithm.server(state, metered(exchange, traffic))
     server = clock() - begun
@@ -68,11 +68,11 @@ def training_exchange(parts: Parts, work: Work, memory: Memory, ui: Ui) -> Excha
     opened = parts.open_silo(ui.tick)
 
     def open_silo(name: str) -> Silo:
-        ui.at(name, "training")
+        ui.at(name)
         return opened(name)
 
     if parts.width > 1 and work.cohort is not None:
-        return cohort(work.cohort, open_silo, memory, parts.width)
+        return cohort(work.cohort, opened, memory, parts.width)
     return local(work.client, open_silo, memory)
 
 
@@ -99,9 +99,10 @@ def baselines(folder: Path, parts: Parts, ui: Ui) -> None:
     steps = {name: rounds * parts.work().steps(silos.examples(name)) for name, rounds in took_part.items()}
     have = {event["silo"] for event in events if event["event"] == "alone"}
     missing = [name for name in silos.names if name in steps and name not in have] if recipe.evaluate.alone else []
-    for name in missing:
+    for place, name in enumerate(missing):
         begun = time.perf_counter()
-        with ui.part(f"alone · {name}", steps[name]):
+        ui.whole("silos alone", len(missing), place)
+        with ui.part("alone", steps[name], counts=True):
             work = parts.work(steps=steps[name], epochs=None)
             ((_, params),) = alone(training_exchange(parts, work._replace(cohort=None), {}, ui), parts.params, [name])
         where = silos.names if len(silos.names) <= EVERYWHERE else [name]
@@ -114,11 +115,13 @@ def baselines(folder: Path, parts: Parts, ui: Ui) -> None:
         begun, total = time.perf_counter(), sum(steps.values())
         everything = Silo(POOLED, parts.model, silos.pooled(), {}, derive(recipe.seed, "silo", POOLED), ui.tick)
         work = parts.work(steps=total, epochs=None)
-        with ui.part("pooled", total):
+        ui.whole("everything pooled", 1)
+        with ui.part("pooled", total, counts=True):
             ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
         with ui.part("held-out loss", evaluation_steps(parts)):
             losses = held_out_losses(parts, ui, params)
         append_event(folder, {"event": "pooled", **losses, "seconds": time.perf_counter() - begun})
+        ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")
 
 
 def evaluation_steps(parts: Parts) -> int | None:

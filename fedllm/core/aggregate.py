@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError
+from fedllm.core.tensors import pieces
 from fedllm.core.types import Aggregator, Tensors
-
-CHUNK = 1 << 16
-"""Values added at a time, so that the temporaries stay in the cache."""
 
 
 class Total(NamedTuple):
-    """A running weighted sum in two float64 words a value (about 106 bits), so that order leaves no trace."""
+    """A running weighted sum in two float64 words a value (about 106 bits), so that order leaves no trace.
 
-    high: dict[str, Tensor]
-    low: dict[str, Tensor]
+    Values lie one after the other in the order of the names of `like`.
+    """
+
+    high: Tensor
+    low: Tensor
     like: Tensors
     weight: Fraction
 
@@ -31,16 +32,14 @@ def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float) -> None
     TwoSum of Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. The product is exact in
     float64 for float32 values and weights of up to 29 bits.
     """
-    for start in range(0, high.numel(), CHUNK):
-        h, e = high[start : start + CHUNK], low[start : start + CHUNK]
-        x = value[start : start + CHUNK].to(torch.float64).mul_(weight)
-        total = h + x
-        kept = total - h
-        x.sub_(kept)
-        e.add_(x)
-        h.sub_(kept.neg_().add_(total))
-        e.add_(h)
-        h.copy_(total)
+    x = value.to(torch.float64).mul_(weight)
+    total = high + x
+    kept = total - high
+    x.sub_(kept)
+    low.add_(x)
+    high.sub_(kept.neg_().add_(total))
+    low.add_(high)
+    high.copy_(total)
 
 
 def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
@@ -52,24 +51,29 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         raise FedllmError(f"aggregate.weights is '{weights}'; use 'examples' or 'uniform'.")
 
     def zero(like: Tensors) -> Total:
-        def blank() -> dict[str, Tensor]:
-            return {name: value.new_zeros(value.numel(), dtype=torch.float64) for name, value in like.items()}
-
-        return Total(blank(), blank(), like, Fraction(0))
+        size = sum(value.numel() for value in like.values())
+        home = next(iter(like.values())).device
+        high, low = (torch.zeros(size, dtype=torch.float64, device=home) for _ in range(2))
+        return Total(high, low, like, Fraction(0))
 
     def add(total: Total, update: Tensors, weight: float) -> Total:
         share = 1.0 if weights == "uniform" else weight
         if not (math.isfinite(share) and share > 0):
             raise ValueError(f"a weight must be finite and positive, not {share}")
-        for name, high in total.high.items():
-            add_exactly(high, total.low[name], update[name].flatten(), share)
+        start = 0
+        for piece in pieces(update[name] for name in total.like):
+            end = start + piece.numel()
+            add_exactly(total.high[start:end], total.low[start:end], piece, share)
+            start = end
         return total._replace(weight=total.weight + Fraction(share))
 
     def done(total: Total) -> dict[str, Tensor]:
-        whole = float(total.weight)
-        return {
-            name: (high + total.low[name]).div_(whole).to(total.like[name].dtype).view(total.like[name].shape)
-            for name, high in total.high.items()
-        }
+        whole, start, averages = float(total.weight), 0, dict[str, Tensor]()
+        for name, value in total.like.items():
+            end = start + value.numel()
+            flat = (total.high[start:end] + total.low[start:end]).div_(whole)
+            averages[name] = flat.to(value.dtype).view(value.shape)
+            start = end
+        return averages
 
     return Aggregator(f"mean by {weights}", zero, add, done)

@@ -35,6 +35,9 @@ from fedllm.core.types import (
     on_meta,
 )
 
+LARGEST_WEIGHT = 2.0**53
+"""More examples than this nobody has; a weight that overflows would spoil the mean of all."""
+
 
 def everything(state: State) -> Tensors:
     """Share all parameters with every selected client."""
@@ -148,7 +151,7 @@ def accept(
         raise Refused("it was not asked, or has answered already")
     if reply.round != round_number:
         raise Refused(f"it answers round {reply.round}, not {round_number}")
-    if not (math.isfinite(reply.weight) and reply.weight > 0):
+    if not 0 < reply.weight <= LARGEST_WEIGHT:
         raise Refused(f"its weight is {reply.weight}")
     for key, value in reply.scalars.items():
         if not math.isfinite(value):

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import Tensors
+
+CHUNK = 1 << 16
+"""Values worked on at a time, so that temporaries stay in the cache."""
+
+
+def pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors' values in order, flat, about `CHUNK` at a time: small ones together, large ones cut.
+
+    >>> [piece.numel() for piece in pieces([torch.zeros(3, 2), torch.zeros(5), torch.zeros(CHUNK + 1)])]
+    [11, 65536, 1]
+    """
+    small, count = list[Tensor](), 0
+    for tensor in tensors:
+        flat = tensor.flatten()
+        if count + flat.numel() > CHUNK and small:
+            yield torch.cat(small)
+            small, count = [], 0
+        if flat.numel() > CHUNK:
+            yield from torch.split(flat, CHUNK)
+        else:
+            small.append(flat)
+            count += flat.numel()
+    if small:
+        yield torch.cat(small)
 
 
 def subtract(left: Tensors, right: Tensors) -> dict[str, Tensor]:
@@ -47,5 +73,7 @@ def require_like(tensors: Tensors, like: Tensors) -> None:
             raise Refused(f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
         if value.dtype != expected.dtype:
             raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    for name, value in tensors.items():
+        # A sum is the quickest look: it is not finite if any value is not, and hardly ever otherwise.
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
             raise Refused(f"'{name}' is not finite")

@@ -19,8 +19,9 @@ def clip(max_norm: float) -> Transform:
         raise FedllmError(f"transforms.clip: max_norm is {max_norm}; it must be above 0.")
 
     def clipped(update: Tensors) -> dict[str, Tensor]:
-        scale = (max_norm / norm(update).clamp(min=1e-30)).clamp(max=1.0)
-        return {name: (value * scale).to(value.dtype) for name, value in update.items()}
+        floats = {name: value for name, value in update.items() if value.is_floating_point()}
+        scale = (max_norm / norm(floats).clamp(min=1e-30)).clamp(max=1.0)
+        return {**update, **{name: (value * scale).to(value.dtype) for name, value in floats.items()}}
 
     def claim(facts: Facts) -> Facts:
         return facts._replace(norm_bound=min(max_norm, facts.norm_bound or max_norm))

@@ -22,6 +22,9 @@ def top_k(fraction: float, error_feedback: bool = True) -> Transform:
     def encode(update: Tensors, memory: Tensors, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         wire, kept = {}, {}
         for name, value in update.items():
+            if not value.is_floating_point():
+                wire[name] = value
+                continue
             whole = (value + memory[name] if name in memory else value).flatten()
             count = max(1, round(fraction * whole.numel()))
             positions = whole.abs().topk(count).indices.sort().values
@@ -34,9 +37,14 @@ def top_k(fraction: float, error_feedback: bool = True) -> Transform:
     def decode(wire: Tensors, like: Tensors) -> dict[str, Tensor]:
         update = {}
         for name, shape in like.items():
+            if not shape.is_floating_point():
+                update[name] = wire[name]
+                continue
             values, positions = wire[f"{name}:values"], wire[f"{name}:positions"].long()
             if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= shape.numel()):
                 raise Refused(f"'{name}' has a position outside of its {shape.numel()} values")
+            if bool((positions[1:] <= positions[:-1]).any()):
+                raise Refused(f"'{name}' has positions that do not rise")
             whole = values.new_zeros(shape.numel(), dtype=shape.dtype)
             update[name] = whole.index_put((positions,), values.to(shape.dtype)).view(shape.shape)
         return update

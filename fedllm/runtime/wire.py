@@ -16,17 +16,20 @@ from fedllm.core.errors import Refused
 from fedllm.core.types import Reply, Request, Scalars, Tensors
 
 CODES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""The types that travel, in the order in which safetensors lays them out."""
+
+ORDER = {dtype: place for place, dtype in enumerate(CODES)}
 
 
 def pack(tensors: Tensors, head: Mapping[str, Any]) -> bytes:
@@ -58,7 +61,7 @@ def unpack_request(data: bytes) -> Request:
     tensors, head = unpack(data)
     try:
         return Request(str(head["client"]), int(head["round"]), str(head["op"]), tensors, numbers(head["scalars"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise Refused(f"its message is not a request ({error})") from error
 
 
@@ -72,7 +75,7 @@ def unpack_reply(data: bytes) -> Reply:
     tensors, head = unpack(data)
     try:
         return Reply(str(head["client"]), int(head["round"]), tensors, float(head["weight"]), numbers(head["scalars"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise Refused(f"its message is not a reply ({error})") from error
 
 
@@ -106,8 +109,8 @@ def reply_head(reply: Reply) -> dict[str, Any]:
 def message_bytes(tensors: Tensors, head: Mapping[str, Any]) -> int:
     """Return the length of `pack(tensors, head)` without making it."""
     entries, place = {}, 0
-    # safetensors lays tensors out by falling size of their type, then by name.
-    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    # safetensors lays tensors out by its own order of types, then by name.
+    for name, value in sorted(tensors.items(), key=lambda item: (ORDER[item[1].dtype], item[0])):
         end = place + value.numel() * value.element_size()
         entries[name] = {
             "dtype": CODES[value.dtype],

@@ -16,18 +16,22 @@ from fedllm.core.types import Tensors
 from fedllm.silo.trainables import trained
 
 
-class StackedLinear(nn.Module):
-    """C linear maps without bias, each for its own rows; rows are grouped by client."""
+class StackedLora(nn.Module):
+    """A frozen linear layer with C clients' low-rank parts, each for its own rows; rows are grouped by client."""
 
-    def __init__(self, weight_COI: Tensor) -> None:
+    def __init__(self, base: nn.Module, a_CRI: Tensor, b_COR: Tensor, scaling: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight_COI)
+        self.base, self.scaling = base, scaling
+        self.a_CRI, self.b_COR = nn.Parameter(a_CRI), nn.Parameter(b_COR)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """Map [C * b, T, I] to [C * b, T, O]."""
-        clients, out, inner = self.weight.shape
-        y = torch.bmm(x_BTI.reshape(clients, -1, inner), self.weight.mT)
-        return y.view(*x_BTI.shape[:-1], out)
+        y_BTO = self.base(x_BTI)
+        clients, _, inputs = self.a_CRI.shape
+        own, outputs = self.a_CRI.dtype, y_BTO.shape[-1]
+        low = torch.bmm(x_BTI.reshape(clients, -1, inputs).to(own), self.a_CRI.mT)
+        grouped = y_BTO.reshape(clients, -1, outputs).to(own)
+        return torch.baddbmm(grouped, low, self.b_COR.mT, alpha=self.scaling).to(y_BTO.dtype).view(y_BTO.shape)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -52,16 +56,15 @@ def stackable(model: nn.Module) -> bool:
 @contextmanager
 def stacked(model: nn.Module, values: Tensors) -> Iterator[Mapping[str, nn.Parameter]]:
     """Put stacked adapters `values` (name -> [C, ...]) into a stackable model; yield them as parameters."""
-    own, params = {}, {}
-    for name, layer in lora_layers(model).items():
-        for half in "AB":
-            maps, key = getattr(layer, f"lora_{half}"), f"{name}.lora_{half}.default.weight"
-            own[key] = maps["default"]
-            maps["default"] = StackedLinear(values[key].clone())
-            params[key] = maps["default"].weight
+    layers = lora_layers(model)
+    params: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        a, b = (f"{name}.lora_{half}.default.weight" for half in "AB")
+        many = StackedLora(layer.base_layer, values[a].clone(), values[b].clone(), layer.scaling["default"])
+        params |= {a: many.a_CRI, b: many.b_COR}
+        model.set_submodule(name, many)
     try:
         yield params
     finally:
-        for name, layer in lora_layers(model).items():
-            for half in "AB":
-                getattr(layer, f"lora_{half}")["default"] = own[f"{name}.lora_{half}.default.weight"]
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)

@@ -42,12 +42,21 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool = False) -> nn.Module:
-    """Load a causal language model, frozen, ready for a trainable to be attached."""
+SHORT = 192
+"""Tokens in a row up to which plain matmuls beat the CPU's flash attention in bfloat16 (1.2x at 96 tokens)."""
+
+
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype, longest: int = 512, checkpointing: bool = False
+) -> nn.Module:
+    """Load a causal language model, frozen, for rows of up to `longest` tokens."""
     from transformers import AutoModelForCausalLM
 
+    plain = device.type == "cpu" and dtype == torch.bfloat16 and longest <= SHORT
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder(name), dtype=dtype, attn_implementation="eager" if plain else None
+        )
     except (OSError, ValueError) as error:
         raise FedllmError(no_model(name, error)) from error
     model.requires_grad_(False)

@@ -16,6 +16,9 @@ from fedllm.silo.examples import IGNORED, Batch
 Objective: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """From a batch to loss_B, the summed negative log-likelihood of each row's scored tokens, in nats."""
 
+DENSE = 0.75
+"""Share of scored positions above which picking them out costs more than the softmax of the rest."""
+
 
 def causal_loss(autocast: torch.dtype | None = None) -> Objective:
     """Build the objective; with `autocast` the model computes in that type over its own weights.
@@ -25,23 +28,25 @@ def causal_loss(autocast: torch.dtype | None = None) -> Objective:
     """
 
     def loss_B(model: nn.Module, batch: Batch) -> Tensor:
-        scored_BT = batch.labels_BT != IGNORED
-        scored_BT[:, 0] = False
-        any_T = scored_BT.any(0)
+        rows, width = batch.labels_BT.shape
+        any_T = (batch.labels_BT[:, 1:] != IGNORED).any(0)
         if not bool(any_T.any()):
-            return batch.labels_BT.new_zeros(len(batch.labels_BT), dtype=torch.float32)
+            return batch.labels_BT.new_zeros(rows, dtype=torch.float32)
         first = int(any_T.int().argmax())
-        # Keeping one position more than is scored: the logits before a token predict it.
-        keep = batch.labels_BT.shape[1] - first + 1
-        kwargs = {"logits_to_keep": keep} if takes_logits_to_keep(model) else {}
+        # As indices, since a slice is not contiguous and the last layer would copy its weights for each row.
+        places_T = torch.arange(first - width, 0, device=batch.labels_BT.device)
+        kwargs = {"logits_to_keep": places_T} if takes_logits_to_keep(model) else {}
         with torch.autocast(batch.input_ids_BT.device.type, autocast, enabled=autocast is not None):
-            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **kwargs).logits
-        logits_BTV = logits_BTV[:, -keep:-1]
-        scored_BT = scored_BT[:, first:]
-        nll = functional.cross_entropy(
-            logits_BTV[scored_BT].float(), batch.labels_BT[:, first:][scored_BT], reduction="none"
-        )
-        return nll.new_zeros(len(scored_BT)).index_add(0, scored_BT.nonzero()[:, 0], nll)
+            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **kwargs).logits[:, first - width :]
+        # Logits predict the next token; what follows a row's last is not scored.
+        next_BT = functional.pad(batch.labels_BT[:, first + 1 :], (0, 1), value=IGNORED)
+        logits_NV, next_N = logits_BTV.flatten(0, 1), next_BT.flatten()
+        scored = (next_N != IGNORED).nonzero()[:, 0]
+        if len(scored) > DENSE * len(next_N):
+            nll_N = functional.cross_entropy(logits_NV.float(), next_N, ignore_index=IGNORED, reduction="none")
+            return nll_N.view(rows, -1).sum(1)
+        nll = functional.cross_entropy(logits_NV.index_select(0, scored).float(), next_N[scored], reduction="none")
+        return nll.new_zeros(rows).index_add(0, scored // next_BT.shape[1], nll)
 
     return loss_B
 
@@ -49,10 +54,10 @@ def causal_loss(autocast: torch.dtype | None = None) -> Objective:
 def takes_logits_to_keep(model: Any) -> bool:
     """Say whether the model can be asked for the last logits only."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return forward_takes(type(base), "logits_to_keep")
+    return "logits_to_keep" in forward_parameters(type(base).forward)
 
 
 @lru_cache
-def forward_takes(kind: type[nn.Module], parameter: str) -> bool:
-    """Say whether the forward of a kind of model has a parameter of that name."""
-    return parameter in inspect.signature(kind.forward).parameters
+def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a forward's parameters."""
+    return frozenset(inspect.signature(forward).parameters)

@@ -68,19 +68,29 @@ def instruct(
 def conversation(row: Row, prompt: str, response: str, where: str) -> list[Turn]:
     """Return the turns of a row in any of the three shapes."""
     if isinstance(row.get("messages"), (list, tuple)) or hasattr(row.get("messages"), "tolist"):
-        turns = [Turn(str(message["role"]), str(message["content"])) for message in row["messages"]]
+        turns = [
+            Turn(text_in(message, "role", where), text_in(message, "content", where)) for message in row["messages"]
+        ]
         if not any(turn.role == "assistant" for turn in turns):
             raise FedllmError(f"{where}: 'messages' has no message of role 'assistant'; remove the row or add one.")
         return turns
     if prompt in row and response in row:
-        return [Turn("user", str(row[prompt])), Turn("assistant", str(row[response]))]
+        return [Turn("user", text_in(row, prompt, where)), Turn("assistant", text_in(row, response, where))]
     if "instruction" in row and "output" in row:
         extra = f"\n\n{row['input']}" if row.get("input") else ""
-        return [Turn("user", f"{row['instruction']}{extra}"), Turn("assistant", str(row["output"]))]
+        asked = text_in(row, "instruction", where)
+        return [Turn("user", f"{asked}{extra}"), Turn("assistant", text_in(row, "output", where))]
     raise FedllmError(
         f"{where}: no columns '{prompt}' and '{response}' (nor 'messages', nor 'instruction' and 'output') among "
         f"{', '.join(sorted(row)) or 'none'}; name yours with task.prompt and task.response."
     )
+
+
+def text_in(row: Row, column: str, where: str) -> str:
+    """Return the text of a column, which must be there and not null."""
+    if row.get(column) is None:
+        raise FedllmError(f"{where}: '{column}' has no value; remove the row or fill it in.")
+    return str(row[column])
 
 
 def tokenise(tokenizer: Any, pieces: Sequence[tuple[str, bool]], max_tokens: int) -> Example | None:
@@ -113,7 +123,7 @@ def causal(tokenizer: Any, *, block: int = 256, text: str = "text") -> Task:
                     f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; "
                     "name yours with task.text."
                 )
-            ids = tokenizer(str(row[text]), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(text_in(row, text, f"{where}, row {number}"), add_special_tokens=False)["input_ids"]
             skipped += not ids
             stream += [*ids, tokenizer.eos_token_id] if ids else []
         blocks = [stream[start : start + block] for start in range(0, len(stream), block)]
@@ -147,8 +157,8 @@ def classify(
                         f"{where}, row {number}: no column '{column}' among {', '.join(sorted(row))}; name yours "
                         "with task.text and task.label."
                     )
-            asked = template.replace("{text}", str(row[text]))
-            pieces = [(asked, False), (label_word(str(row[label]), words), True)]
+            said, kind = (text_in(row, column, f"{where}, row {number}") for column in (text, label))
+            pieces = [(template.replace("{text}", said), False), (label_word(kind, words), True)]
             example = tokenise(tokenizer, pieces, sys.maxsize)
             if example and len(example.input_ids) <= max_tokens:
                 examples.append(example)

@@ -16,12 +16,16 @@ from fedllm.core.types import Tensors
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+OWN_TARGETS = {"ADAPTION_PROMPT", "BEFT", "IA3", "LN_TUNING", "SHADOW", "TRAINABLE_TOKENS"}
+"""Methods of peft that by default train something else than linear layers, which peft itself knows to find."""
+
 NOT_AVERAGED = {
-    "ADALORA": "each silo would prune other ranks",
+    "ADALORA": "each silo would prune other ranks, by its own gradients",
     "XLORA": "it mixes adapters that exist already",
-    "ADAPTION_PROMPT": "its gates are zero-dimensional and live outside of a state dict",
+    "POLY": "it is steered by task ids, which text does not have",
+    "MULTITASK_PROMPT_TUNING": "it is steered by task ids, which text does not have",
 }
-"""Methods of peft whose parameters have no meaningful mean, and why."""
+"""Methods of peft whose parameters have no meaningful mean, or that cannot train on text alone, and why."""
 
 
 class Trainable(NamedTuple):
@@ -120,19 +124,22 @@ def peft_method(method: str, **config: Any) -> Trainable:
     for key in config:
         if key not in known:
             raise FedllmError(f"trainable.{key} is not a setting of peft's {method}; {nearest(key, known)}")
+    if "num_virtual_tokens" in known and method != "CPT" and "num_virtual_tokens" not in config:
+        raise FedllmError(f"trainable.num_virtual_tokens is missing; say how many tokens peft's {method} learns.")
     if "task_type" in known:
         config.setdefault("task_type", "CAUSAL_LM")
 
     def attach(model: nn.Module, seed: int) -> nn.Module:
         from peft import get_peft_model
 
-        settings = with_targets(config, model) if "target_modules" in known else config
+        aimed = "target_modules" in known and method not in OWN_TARGETS
+        settings = with_targets(config, model) if aimed else config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
             try:
                 # A copy, since peft writes into the lists that it is given.
                 return get_peft_model(model, kinds[method](**settings))
-            except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
     def base(model: Any) -> AbstractContextManager[Any]:
@@ -143,10 +150,9 @@ def peft_method(method: str, **config: Any) -> Trainable:
 
 def with_targets(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Aim at the attention projections where the recipe names no target and the model has them."""
-    suffixes = linear_suffixes(model)
-    if config.get("target_modules") is None and set(ATTENTION) <= suffixes and "feedforward_modules" not in config:
-        return {**config, "target_modules": list(ATTENTION)}
     target = config.get("target_modules")
+    if target is None and set(ATTENTION) <= linear_suffixes(model):
+        target = ATTENTION
     return {**config, "target_modules": list(target) if isinstance(target, tuple) else target}
 
 
@@ -155,13 +161,15 @@ def linear_suffixes(model: nn.Module) -> set[str]:
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not name.endswith(".base_layer")
     }
 
 
 def misfit(method: str, model: nn.Module, error: Exception) -> str:
     """Say in one sentence that a method does not fit a model."""
     first = str(error).split(". ")[0].split("\n")[0].strip(". ")
+    if isinstance(error, ImportError):
+        return f"peft's {method} needs a package that is not installed ({first}); install it or use 'lora'."
     return (
         f"peft's {method} does not fit {type(model).__name__} ({first}); set trainable.target_modules to some of: "
         f"{', '.join(sorted(linear_suffixes(model)))}."
@@ -169,10 +177,15 @@ def misfit(method: str, model: nn.Module, error: Exception) -> str:
 
 
 def merge(method: str, model: Any) -> nn.Module:
-    """Fold an adapter into the weights, or say that a soft prompt has no place there."""
+    """Fold an adapter into the weights, or say that it has no place there."""
+    remedy = "use the run's adapter folder instead"
     if not hasattr(model, "merge_and_unload"):
-        raise FedllmError(f"A {method} adapter has no weights to merge into; use the run's adapter folder instead.")
-    return model.merge_and_unload()
+        raise FedllmError(f"A {method} adapter has no weights to merge into; {remedy}.")
+    try:
+        return model.merge_and_unload()
+    except (NotImplementedError, ValueError) as error:
+        reason = str(error).split(". ")[0].split("\n")[0].strip(". ")
+        raise FedllmError(f"A {method} adapter cannot be merged into the weights ({reason}); {remedy}.") from error
 
 
 def export(model: Any, folder: Path) -> None:

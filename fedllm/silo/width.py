@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-FAVOURABLE_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
+FAVOURABLE_TOKENS = {"cpu": 1024, "cuda": 65536, "mps": 8192}
 """Tokens in one batch up to which another client makes each of them cheaper."""
 
 
