@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedllm.core.seeds import derive, generator
 from fedllm.core.types import Dataset, Request, Silo, Tensors
 from fedllm.silo.examples import Example
-from fedllm.silo.trainables import lora, trained
+from fedllm.silo.trainables import lora, parameters, trained
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,7 +88,7 @@ def with_lora(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
         for name, value in trained(attached).items():
             if ".lora_B." in name:
                 value.copy_(torch.randn(value.shape, generator=generator(0, name)) * 0.02)
-    return attached, {name: value.detach().clone() for name, value in trained(attached).items()}
+    return attached, parameters(attached)
 
 
 def keep(name: str, result: Mapping[str, Any]) -> None:

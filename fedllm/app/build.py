@@ -24,7 +24,7 @@ from fedllm.silo.evaluate import held_out
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
 from fedllm.silo.tasks import Task
-from fedllm.silo.trainables import Trainable, trained
+from fedllm.silo.trainables import Trainable, parameters
 from fedllm.silo.width import cohort_width
 
 
@@ -83,7 +83,7 @@ def build(recipe: Recipe, weights: bool = True) -> Parts:
         base = empty_model(recipe.model, kept)
     model = trainable.attach(base, recipe.seed)
     objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
-    params = {name: value.detach().clone() for name, value in trained(model).items()}
+    params: Tensors = parameters(model)
     if device.type == "mps":
         params = {name: value.cpu() for name, value in params.items()}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fedllm
 from fedllm.app.build import Parts, build
@@ -128,8 +129,9 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
     state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
         home = next(iter(parts.params.values())).device
-        state = State(kept.state.round, *({n: v.to(home) for n, v in part.items()} for part in kept.state[1:]))
-        memory.update(kept.memory)
+        # Copies: tensors that still lie in the file are aligned otherwise, and sums over them differ in the last bit.
+        state = State(kept.state.round, *(copied(part, home) for part in kept.state[1:]))
+        memory.update({name: copied(part, torch.device("cpu")) for name, part in kept.memory.items()})
     events = trim_events(folder, state.round)
     done = {event["event"] for event in events}
     if not events:
@@ -149,6 +151,11 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
         ui.whole("rounds", recipe.rounds, state.round)
     baselines(folder, parts, ui)
     finish(folder, parts, state, ui)
+
+
+def copied(tensors: Tensors, device: torch.device) -> dict[str, Tensor]:
+    """Return copies of tensors on a device."""
+    return {name: value.to(device, copy=True) for name, value in tensors.items()}
 
 
 def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:

@@ -73,7 +73,8 @@ def require_like(tensors: Tensors, like: Tensors) -> None:
             raise Refused(f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
         if value.dtype != expected.dtype:
             raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
-    for name, value in tensors.items():
+    for piece in pieces(value for value in tensors.values() if value.is_floating_point()):
         # A sum is the quickest look: it is not finite if any value is not, and hardly ever otherwise.
-        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
-            raise Refused(f"'{name}' is not finite")
+        if not piece.sum().isfinite() and not piece.isfinite().all():
+            worst = next(name for name, value in tensors.items() if not value.isfinite().all())
+            raise Refused(f"'{worst}' is not finite")

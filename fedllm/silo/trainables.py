@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.seeds import derive
@@ -46,6 +46,11 @@ class Trainable(NamedTuple):
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are learned, by name."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the values that are learned, by name."""
+    return {name: value.detach().clone() for name, value in trained(model).items()}
 
 
 def write(params: dict[str, nn.Parameter], tensors: Tensors) -> None:

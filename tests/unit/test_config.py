@@ -216,5 +216,5 @@ def test_a_recipe_that_is_not_there_or_not_toml_is_named(tmp_path):
 def test_a_value_is_taken_as_the_type_that_is_asked_for():
     assert checked("x", 3, float) == 3.0 and isinstance(checked("x", 3, float), float)
     assert checked("x", ["a"], list[str] | str | None) == ["a"]
-    with pytest.raises(FedllmError, match="^x is 'a'; "):
+    with pytest.raises(FedllmError, match=r"^x is 'a'; "):
         checked("x", "a", int)

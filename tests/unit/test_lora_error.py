@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.exchange.lora_error import EXACT, lora_error
+from fedllm.exchange.lora_error import COLUMNS, TOGETHER, lora_error
 
 torch.set_num_threads(1)
 
@@ -83,15 +83,26 @@ def test_one_client_has_no_error_and_untouched_adapters_none():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_wide_layers_are_estimated_to_a_fifth_without_a_dense_product(seed):
+@pytest.mark.parametrize("clients", [TOGETHER, TOGETHER + 1, 2 * TOGETHER, 2 * TOGETHER + 5])
+def test_rounds_of_many_clients_are_estimated_to_a_fifth_in_the_memory_of_a_few(seed, clients):
     draw = torch.Generator().manual_seed(seed)
-    wide = {"rank": 4, "inputs": EXACT + 500, "outputs": 40}
-    start, ends = adapter(draw, **wide), [adapter(draw, **wide) for _ in range(4)]
-    weights = [1.0, 2.0, 3.0, 4.0]
-    assert probed(start, ends, weights) == pytest.approx(dense(ends, weights), rel=0.2)
+    sizes = {"rank": 2, "inputs": 1100, "outputs": 40}
+    # Adapters that have something in common, as those of one round do.
+    start = adapter(draw, **sizes)
+    ends = [
+        {name: value + 0.5 * torch.randn(value.shape, generator=draw) for name, value in start.items()}
+        for _ in range(clients)
+    ]
+    weights = [1.0 + number % 7 for number in range(clients)]
+    expected = dense(ends, weights)
+    assert 0.01 < expected < 1
+    assert probed(start, ends, weights) == pytest.approx(expected, rel=1e-4 if clients <= TOGETHER else 0.2)
     probe = lora_error()
-    look = probe.add(probe.zero(start), ends[0], 1.0)
-    assert all(product.shape[1] < 100 for product in look.products.values())
+    look = probe.zero(start)
+    for end in ends:
+        look = probe.add(look, end, 1.0)
+        assert len(look.waiting) <= TOGETHER
+    assert all(value.shape[1] <= COLUMNS for name, value in look.sums.items() if name.endswith(":product"))
 
 
 def test_updates_are_not_changed():

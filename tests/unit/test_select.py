@@ -65,5 +65,5 @@ def test_a_size_that_the_silos_do_not_have_is_refused(size):
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
 def test_a_rate_that_is_no_probability_is_refused(rate):
-    with pytest.raises(FedllmError, match="select.rate is"):
+    with pytest.raises(FedllmError, match=r"select\.rate is"):
         poisson(NAMES, rate)

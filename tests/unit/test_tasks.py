@@ -103,7 +103,8 @@ def test_whatever_the_text_all_of_the_response_is_scored_and_nothing_of_the_prom
 
 FORGETFUL = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' and not loop.last %}...{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n"
+    "{% if message['role'] == 'assistant' and not loop.last %}..."
+    "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THINKING = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>")
@@ -251,7 +252,7 @@ def test_a_template_says_where_the_text_goes():
         "Review: {label} {text}\nIt is {sic} positive"
     )
     assert task.cue == "\nIt is {sic}"
-    with pytest.raises(FedllmError, match="has no {text}"):
+    with pytest.raises(FedllmError, match=r"has no \{text\}"):
         classify(PLAIN, template="nothing")
 
 
