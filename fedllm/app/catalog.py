@@ -57,7 +57,9 @@ def make(kind: str, part: Mapping[str, Any], *bound: Any, **offered: Any) -> Any
     for a value of the wrong type.
     """
     keys = dict(part)
-    name = keys.pop("name")
+    name = keys.pop("name", None)
+    if name is None:
+        raise FedllmError(f"{kind} has no 'name'; say which: {', '.join(sorted(CATALOG[kind]))}.")
     if name not in CATALOG[kind]:
         raise FedllmError(f"{kind}.name '{name}' is unknown; {nearest(str(name), CATALOG[kind])}")
     function = CATALOG[kind][name]
@@ -68,7 +70,11 @@ def make(kind: str, part: Mapping[str, Any], *bound: Any, **offered: Any) -> Any
             keys[key] = checked(f"{kind}.{key}", value, known[key])
         elif not anything:
             raise FedllmError(f"{kind}.{key} is not a setting of '{name}'; {nearest(key, known)}")
-    return function(*bound, **{key: value for key, value in offered.items() if key in known}, **keys)
+    given = {**{key: value for key, value in offered.items() if key in known}, **keys}
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key in known and key not in given and parameter.default is parameter.empty:
+            raise FedllmError(f"{kind}.{key} is missing; '{name}' needs it.")
+    return function(*bound, **given)
 
 
 def schema(function: Callable[..., Any], bound: int) -> dict[str, Any]:

@@ -33,9 +33,9 @@ class Data(Closed):
     """Folder that relative paths start from."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of a silo's rows that is only for evaluation, where it gives no test file."""
-    limit_train: int | None = Field(None, gt=0)
-    limit_test: int | None = Field(64, gt=0)
-    """Rows of a silo that are used at most; test rows cost time in every round."""
+    limit_train: int = Field(0, ge=0)
+    limit_test: int = Field(64, ge=0)
+    """Rows of a silo that are used at most (0: all); test rows cost time in every round."""
 
 
 class Evaluate(Closed):
@@ -154,7 +154,8 @@ def put(table: Mapping[str, Any], path: list[str], value: Any, setting: str) -> 
 
 def first_problem(error: ValidationError, table: Mapping[str, Any]) -> str:
     """Say in one sentence what is wrong with a recipe, and the nearest known key for an unknown one."""
-    problem = error.errors()[0]
+    # A misspelled key is said before the key that is missing for it.
+    problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     keys = [str(key) for key in problem["loc"]]
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":

@@ -76,7 +76,7 @@ def split(name: str, rows: Rows, test: Rows | None, data: Data, seed: int) -> Sh
             rows, test = hold_out(rows, data.held_out, seed)
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
-    return Shard(rows[: data.limit_train], test[: data.limit_test])
+    return Shard(rows[: data.limit_train or None], test[: data.limit_test or None])
 
 
 class Silos:

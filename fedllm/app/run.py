@@ -28,7 +28,7 @@ from fedllm.app.results import mean, write_metrics
 from fedllm.app.scores import check_files, score_files
 from fedllm.app.stages import baselines, evaluation_steps, held_out_losses, one_round
 from fedllm.core.errors import FedllmError, Interrupted
-from fedllm.core.types import State, Tensors
+from fedllm.core.types import NOTHING, State, Tensors
 from fedllm.runtime.store import (
     append_event,
     load_checkpoint,
@@ -129,8 +129,10 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
     state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
         home = next(iter(parts.params.values())).device
-        # Copies: tensors that still lie in the file are aligned otherwise, and sums over them differ in the last bit.
-        state = State(kept.state.round, *(copied(part, home) for part in kept.state[1:]))
+        state = State(
+            kept.state.round,
+            *(copied(part, home, fresh) for part, fresh in zip(kept.state[1:], state[1:], strict=True)),
+        )
         memory.update({name: copied(part, torch.device("cpu")) for name, part in kept.memory.items()})
     events = trim_events(folder, state.round)
     done = {event["event"] for event in events}
@@ -153,9 +155,14 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
     finish(folder, parts, state, ui)
 
 
-def copied(tensors: Tensors, device: torch.device) -> dict[str, Tensor]:
-    """Return copies of tensors on a device."""
-    return {name: value.to(device, copy=True) for name, value in tensors.items()}
+def copied(tensors: Tensors, device: torch.device, like: Tensors = NOTHING) -> dict[str, Tensor]:
+    """Return copies of tensors on a device, those of `like` in its order.
+
+    A file gives its tensors by name and where they lie in it; sums over all of them, or over
+    tensors aligned otherwise, would differ in the last bit from those of a run not stopped.
+    """
+    names = [*(name for name in like if name in tensors), *(name for name in tensors if name not in like)]
+    return {name: tensors[name].to(device, copy=True) for name in names}
 
 
 def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:

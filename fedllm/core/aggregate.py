@@ -15,7 +15,10 @@ from fedllm.core.types import Aggregator, Tensors
 
 
 class Total(NamedTuple):
-    """A running weighted sum in two float64 words a value (about 106 bits), so that order leaves no trace.
+    """A running weighted sum in two float64 words a value, so that order leaves no trace.
+
+    That is about 106 bits: enough for float32 updates whose values at one place differ by up to some
+    20 orders of magnitude.
 
     Values lie one after the other in the order of the names of `like`.
     """

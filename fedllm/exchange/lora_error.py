@@ -63,7 +63,8 @@ def lora_error(weights: str = "examples") -> Probe:
 
     def done(look: Look) -> Scalars:
         if look.sums:
-            settle(look)
+            if look.waiting:
+                settle(look)
             off, whole = estimated(look)
         else:
             off, whole = exact(look)

@@ -58,12 +58,12 @@ def stacked(model: nn.Module, values: Tensors) -> Iterator[Mapping[str, nn.Param
     """Put stacked adapters `values` (name -> [C, ...]) into a stackable model; yield them as parameters."""
     layers = lora_layers(model)
     params: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        a, b = (f"{name}.lora_{half}.default.weight" for half in "AB")
-        many = StackedLora(layer.base_layer, values[a].clone(), values[b].clone(), layer.scaling["default"])
-        params |= {a: many.a_CRI, b: many.b_COR}
-        model.set_submodule(name, many)
     try:
+        for name, layer in layers.items():
+            a, b = (f"{name}.lora_{half}.default.weight" for half in "AB")
+            many = StackedLora(layer.base_layer, values[a].clone(), values[b].clone(), layer.scaling["default"])
+            params |= {a: many.a_CRI, b: many.b_COR}
+            model.set_submodule(name, many)
         yield params
     finally:
         for name, layer in layers.items():

@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     learning_rate: float
     weight_decay: float
     optimiser: Literal["adamw", "sgd"]
-    max_grad_norm: float | None
+    max_grad_norm: float
     proximal: float
 
 
@@ -82,7 +82,7 @@ def fit(
             loss_C += each_C.detach() / steps
         if settings.proximal:
             pull_back(params, start, settings.proximal)
-        if settings.max_grad_norm is not None:
+        if settings.max_grad_norm:
             clip_each(params, clients, settings.max_grad_norm)
         optimiser.step()
         tokens = [sum(len(row.input_ids) for row in rows) for rows in drawn]

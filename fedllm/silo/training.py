@@ -32,13 +32,14 @@ def local_training(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     optimiser: Literal["adamw", "sgd"] = "adamw",
-    max_grad_norm: float | None = 1.0,
+    max_grad_norm: float = 1.0,
     proximal: float = 0.0,
 ) -> Work:
     """Train for `steps` batches a round (10 if nothing is said) or for `epochs` passes over the silo's text.
 
-    `micro_batch` rows are computed at a time and their gradients accumulated. The optimiser starts
-    afresh every round. The reply is start - end, weighted by the silo's number of examples.
+    `micro_batch` rows are computed at a time and their gradients accumulated. Gradients are scaled
+    down to `max_grad_norm` (0: not at all). The optimiser starts afresh every round. The reply is
+    start - end, weighted by the silo's number of examples.
     """
     if steps is not None and epochs is not None:
         raise FedllmError("client.steps and client.epochs are both set; keep one of them.")

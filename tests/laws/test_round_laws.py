@@ -83,7 +83,7 @@ def test_one_client_with_all_the_data_is_centralised_training(trainable):
     model, start = attached(trainable)
     rows = [row for name in NAMES for row in DATA[name]["train"]]
     work = local_training(
-        causal_loss(), PAD, steps=3, batch_size=4, optimiser="sgd", learning_rate=0.05, max_grad_norm=None
+        causal_loss(), PAD, steps=3, batch_size=4, optimiser="sgd", learning_rate=0.05, max_grad_norm=0
     )
     algorithm = averaging(work=work, select=everyone(["all"]), aggregate=mean(), optimiser=fedavg(1.0))
     state = rounds(algorithm, one_by_one(algorithm, model, {"all": {"train": rows}}), start, 4)
@@ -99,7 +99,7 @@ def test_one_step_of_every_client_is_data_parallel_training():
     data = {name: {"train": examples(4, number, (8, 8))} for number, name in enumerate(NAMES)}
     model, start = attached()
     work = local_training(
-        causal_loss(), PAD, steps=1, batch_size=4, optimiser="sgd", learning_rate=0.1, max_grad_norm=None
+        causal_loss(), PAD, steps=1, batch_size=4, optimiser="sgd", learning_rate=0.1, max_grad_norm=0
     )
     algorithm = averaging(work=work, select=everyone(NAMES), aggregate=mean())
     state = rounds(algorithm, one_by_one(algorithm, model, data), start, 5)
@@ -185,7 +185,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(optimiser):
 
 
 def client_update(model, start, **settings):
-    work = local_training(causal_loss(), PAD, batch_size=4, optimiser="sgd", max_grad_norm=None, **settings)
+    work = local_training(causal_loss(), PAD, batch_size=4, optimiser="sgd", max_grad_norm=0, **settings)
     return work.client(Request("a", 0, "train", start), Silo("a", model, DATA["a"], {}, 5))[0].tensors
 
 

@@ -14,8 +14,6 @@ from fedllm.core.round import averaging, wire_stages
 from fedllm.core.tensors import require_like
 from fedllm.core.types import Reply, Request, Silo, Work, on_meta
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 SETTINGS = {
     "clip": [{"max_norm": 0.5}, {"max_norm": 1e6}],

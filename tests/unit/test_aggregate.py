@@ -14,8 +14,6 @@ from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError
 from fedllm.core.tensors import CHUNK
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 
 def average(updates, weights, how="examples"):

@@ -69,10 +69,10 @@ ADAMW = {"optimiser": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}
 @pytest.mark.parametrize(
     "settings",
     [
-        {**SGD, "steps": 3, "batch_size": 4, "max_grad_norm": None},
+        {**SGD, "steps": 3, "batch_size": 4, "max_grad_norm": 0},
         {**SGD, "steps": 3, "batch_size": 4, "max_grad_norm": 0.5},
         {**SGD, "steps": 2, "batch_size": 4, "micro_batch": 2},
-        {**SGD, "steps": 2, "batch_size": 5, "micro_batch": 2, "max_grad_norm": None},
+        {**SGD, "steps": 2, "batch_size": 5, "micro_batch": 2, "max_grad_norm": 0},
         {**SGD, "epochs": 2, "batch_size": 2},
         {**SGD, "epochs": 0.7, "batch_size": 1, "proximal": 0.5},
         {**ADAMW, "steps": 3, "batch_size": 4},

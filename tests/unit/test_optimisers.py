@@ -7,8 +7,6 @@ import torch
 
 from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 
 def two_steps(optimiser, first, second, start=10.0):

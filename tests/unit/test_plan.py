@@ -15,8 +15,6 @@ from fedllm.exchange.clip import clip
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.top_k import top_k
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 
 def never(*args):

@@ -13,8 +13,6 @@ from fedllm.core.optimisers import fedadam, fedavg
 from fedllm.core.round import averaging
 from fedllm.core.types import Cut, Middleware, Probe, Reply, Request, Silo, State, Transform, Work
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 PARAMS = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([0.5])}
 NAMES = ["a", "b", "c"]

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from fedllm.core.seeds import derive, generator
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 ADDRESS = st.lists(st.integers() | st.text(), max_size=4).map(tuple)
 

@@ -15,8 +15,6 @@ from fedllm.exchange.clip import clip
 from fedllm.exchange.top_k import top_k
 from fedllm.runtime.wire import pack_reply, unpack_reply
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 
 def test_clip_scales_a_norm_of_five_down_to_one():

@@ -29,8 +29,6 @@ from fedllm.runtime.wire import (
     unpack_request,
 )
 
-# Threads that share a busy core wait for each other far longer than these sums take.
-torch.set_num_threads(1)
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 NAMES = TEXT.filter(lambda name: name != "__metadata__")
