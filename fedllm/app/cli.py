@@ -107,7 +107,7 @@ def export(
 @app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report anew, also while it is running."""
-    from fedllm.app.report import write_report
+    from fedllm.app.report.page import write_report
 
     if not (folder / "events.jsonl").exists():
         raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")

@@ -23,7 +23,7 @@ from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
-from fedllm.app.report import write_report
+from fedllm.app.report.page import write_report
 from fedllm.app.results import mean, write_metrics
 from fedllm.app.scores import check_files, score_files
 from fedllm.app.stages import baselines, evaluation_steps, held_out_losses, one_round
@@ -39,7 +39,7 @@ from fedllm.runtime.store import (
     trim_events,
     write_text,
 )
-from fedllm.silo.partition import who_holds_what
+from fedllm.silo.groups import who_holds_what
 from fedllm.silo.trainables import export, trained, write
 
 

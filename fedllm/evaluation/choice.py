@@ -13,6 +13,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import ignore
 from fedllm.silo.objective import Objective
 from fedllm.silo.scoring import choose, continuation, score_continuations
+from fedllm.silo.templates import first_token
 
 Row = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ def multiple_choice(
     for number, row in enumerate(chosen, 1):
         check(row, f"{where}, row {number}")
     asked = [
-        continuation(tokenizer, FORMAT.format(question=row["question"]), f" {choice}")
+        continuation(tokenizer, first_token(tokenizer) + FORMAT.format(question=row["question"]), f" {choice}")
         for row in chosen
         for choice in row["choices"]
     ]

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.examples import IGNORED, Example
-from fedllm.silo.templates import Turn, render
+from fedllm.silo.templates import Turn, first_token, render
 
 Row = Mapping[str, Any]
 
@@ -123,9 +123,10 @@ def causal(tokenizer: Any, *, block: int = 256, text: str = "text") -> Task:
                     f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; "
                     "name yours with task.text."
                 )
-            ids = tokenizer(text_in(row, text, f"{where}, row {number}"), add_special_tokens=False)["input_ids"]
-            skipped += not ids
-            stream += [*ids, tokenizer.eos_token_id] if ids else []
+            said = text_in(row, text, f"{where}, row {number}")
+            skipped += not said
+            whole = f"{first_token(tokenizer)}{said}{tokenizer.eos_token}"
+            stream += tokenizer(whole, add_special_tokens=False)["input_ids"] if said else []
         blocks = [stream[start : start + block] for start in range(0, len(stream), block)]
         return Prepared([Example(ids, ids) for ids in blocks if len(ids) > 1], skipped)
 
@@ -158,7 +159,8 @@ def classify(
                         "with task.text and task.label."
                     )
             said, kind = (text_in(row, column, f"{where}, row {number}") for column in (text, label))
-            pieces = [(template.replace("{text}", said), False), (label_word(kind, words), True)]
+            asked = first_token(tokenizer) + template.replace("{text}", said)
+            pieces = [(asked, False), (label_word(kind, words), True)]
             example = tokenise(tokenizer, pieces, sys.maxsize)
             if example and len(example.input_ids) <= max_tokens:
                 examples.append(example)

@@ -23,7 +23,7 @@ def render(tokenizer: Any, turns: Sequence[Turn], chat: bool) -> list[tuple[str,
 def plain_pieces(tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
     """Render for a tokenizer without a template: `Question:`, `Answer:`, the end token."""
     heads = {"user": "Question: ", "assistant": "Answer:", "system": ""}
-    pieces = []
+    pieces = [(first_token(tokenizer), False)]
     for turn in turns:
         head = heads.get(turn.role, f"{turn.role}: ")
         if turn.role == "assistant":
@@ -31,6 +31,12 @@ def plain_pieces(tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]
         else:
             pieces.append((f"{head}{turn.content}\n", False))
     return pieces
+
+
+def first_token(tokenizer: Any) -> str:
+    """Return the token that a tokenizer puts before every text of its own accord, or nothing."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
 
 
 def chat_pieces(tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:

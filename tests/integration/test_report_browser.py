@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.app.report import write_report
+from fedllm.app.report.page import write_report
 from tests import report_runs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -24,7 +24,7 @@ from safetensors import deserialize
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KILLS = 10
-HEAVY = ["fedllm.app.run", "fedllm.app.report", "transformers.models.llama.modeling_llama", "datasets", "peft"]
+HEAVY = ["fedllm.app.run", "fedllm.app.report.page", "transformers.models.llama.modeling_llama", "datasets", "peft"]
 
 
 @pytest.fixture

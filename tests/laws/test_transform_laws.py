@@ -14,7 +14,6 @@ from fedllm.core.round import averaging, wire_stages
 from fedllm.core.tensors import require_like
 from fedllm.core.types import Reply, Request, Silo, Work, on_meta
 
-
 SETTINGS = {
     "clip": [{"max_norm": 0.5}, {"max_norm": 1e6}],
     "cast": [{}, {"dtype": "float16"}],

@@ -15,7 +15,6 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.tensors import CHUNK
 
 
-
 def average(updates, weights, how="examples"):
     fold = mean(how)
     total = fold.zero(updates[0])

@@ -7,7 +7,6 @@ import torch
 
 from fedllm.exchange.lora_error import COLUMNS, TOGETHER, lora_error
 
-
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 
 

@@ -8,7 +8,6 @@ import torch
 from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 
 
-
 def two_steps(optimiser, first, second, start=10.0):
     params = {"x": torch.tensor([start])}
     state = optimiser.init(params)

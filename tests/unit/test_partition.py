@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.core.errors import FedllmError
-from fedllm.silo.partition import _labels, by_column, dirichlet, iid, quantity, who_holds_what
+from fedllm.silo.groups import labels_of, who_holds_what
+from fedllm.silo.partition import by_column, dirichlet, iid, quantity
 from fedllm.silo.sources import read_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -109,7 +110,7 @@ def test_without_a_column_the_topics_of_the_text_are_found_and_skewed():
     rows = topics()
     by_text, evenly = [], []
     for seed in range(6):
-        labels = _labels(rows, None, 3, "text", seed)
+        labels = labels_of(rows, None, 3, "text", seed)
         assert len(set(zip(labels, [row["topic"] for row in rows], strict=True))) == 3
         by_text.append(skew(dirichlet(rows, 3, 0.01, clusters=3, text="text", seed=seed), "topic"))
         evenly.append(skew(iid(rows, 3, seed), "topic"))

@@ -16,7 +16,6 @@ from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.top_k import top_k
 
 
-
 def never(*args):
     raise AssertionError("a plan runs nothing")
 

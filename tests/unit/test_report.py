@@ -10,10 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from fedllm.app.report import write_report
-from fedllm.app.report_data import compare, losses, read_run
-from fedllm.app.report_figure import folded, label
-from fedllm.app.report_words import apart, lead, perplexity, plain
+from fedllm.app.report.data import compare, losses, read_run
+from fedllm.app.report.figure import folded, label
+from fedllm.app.report.page import write_report
+from fedllm.app.report.words import apart, lead, perplexity, plain
 from tests import report_runs
 
 EVIL = {"torch": "<script>alert(1)</script>", "numpy": "<b>x</b> & <a href='http://evil.example'>y</a>"}

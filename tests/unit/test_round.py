@@ -13,7 +13,6 @@ from fedllm.core.optimisers import fedadam, fedavg
 from fedllm.core.round import averaging
 from fedllm.core.types import Cut, Middleware, Probe, Reply, Request, Silo, State, Transform, Work
 
-
 PARAMS = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([0.5])}
 NAMES = ["a", "b", "c"]
 

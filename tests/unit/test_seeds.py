@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from fedllm.core.seeds import derive, generator
 
-
 ADDRESS = st.lists(st.integers() | st.text(), max_size=4).map(tuple)
 
 

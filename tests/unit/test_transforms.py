@@ -16,7 +16,6 @@ from fedllm.exchange.top_k import top_k
 from fedllm.runtime.wire import pack_reply, unpack_reply
 
 
-
 def test_clip_scales_a_norm_of_five_down_to_one():
     # The norm is over all tensors together: sqrt(3^2 + 4^2) = 5.
     update = {"x": torch.tensor([3.0]), "y": torch.tensor([[0.0, 4.0]])}

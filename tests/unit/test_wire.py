@@ -29,7 +29,6 @@ from fedllm.runtime.wire import (
     unpack_request,
 )
 
-
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 NAMES = TEXT.filter(lambda name: name != "__metadata__")
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedllm.app.report_data import Run, is_number, losses, part
-from fedllm.app.report_figure import (
+from fedllm.app.report.data import Run, is_number, losses, part
+from fedllm.app.report.figure import (
     FEW,
     SERIES,
     Figure,
@@ -18,7 +18,7 @@ from fedllm.app.report_figure import (
     outline,
     rounds_axis,
 )
-from fedllm.app.report_words import apart, unit_of
+from fedllm.app.report.words import apart, unit_of
 
 PARTS = {"train": "#5d6da3", "evaluate": "#a3b0d6", "aggregate": "#b5617b", "store": "#d9b98c"}
 

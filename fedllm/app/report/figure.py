@@ -6,7 +6,7 @@ import html
 import math
 from typing import Any, NamedTuple
 
-from fedllm.app.report_words import plain
+from fedllm.app.report.words import plain
 
 COLOURS = {"base": "#8a8f98", "alone": "#d48a0c", "federated": "#2f6fd6", "pooled": "#2c9a5a"}
 SERIES = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import quantiles
 
-from fedllm.app.report_data import Comparison, Losses, Run, losses, mean
-from fedllm.app.report_figure import (
+from fedllm.app.report.data import Comparison, Losses, Run, losses, mean
+from fedllm.app.report.figure import (
     COLOURS,
     FEW,
     SERIES,
@@ -20,7 +20,7 @@ from fedllm.app.report_figure import (
     outline,
     rounds_axis,
 )
-from fedllm.app.report_words import everyone_means, number
+from fedllm.app.report.words import everyone_means, number
 
 LOWER, HIGHER = "#e0a545", "#7ba4e8"
 """Against the federated loss: lighter than the conditions' colours, so that a number can be read on them."""

@@ -11,11 +11,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedllm.app import report_costs, report_plots
-from fedllm.app import report_parts as parts
-from fedllm.app import report_wire as on_wire
-from fedllm.app.report_data import Run, compare, read_run
-from fedllm.app.report_words import facts, lead, number, plain
+from fedllm.app.report import costs, parts, plots
+from fedllm.app.report import wire as on_wire
+from fedllm.app.report.data import Run, compare, read_run
+from fedllm.app.report.words import facts, lead, number, plain
 
 HERE = Path(__file__).parent
 
@@ -39,20 +38,20 @@ def render(run: Run) -> str:
 
     found, refused = compare(run), on_wire.dropped(run)
     plots = {
-        "comparison": report_plots.comparison(found),
-        "gains": report_plots.gains(found),
-        "history": report_plots.history(run),
-        "matrix": report_plots.matrix(found),
-        "holds": report_costs.holds(run),
-        "seconds": report_costs.seconds(run),
-        "traffic": report_costs.traffic(run),
-        "error": report_costs.aggregation_error(run),
+        "comparison": plots.comparison(found),
+        "gains": plots.gains(found),
+        "history": plots.history(run),
+        "matrix": plots.matrix(found),
+        "holds": costs.holds(run),
+        "seconds": costs.seconds(run),
+        "traffic": costs.traffic(run),
+        "error": costs.aggregation_error(run),
     }
     figures = [made for made in plots.values() if made]
     pages = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    scripts = [get_plotlyjs().replace("\r\n", "\n"), (HERE / "report.js.j2").read_text(encoding="utf-8")]
+    scripts = [get_plotlyjs().replace("\r\n", "\n"), (HERE / "page.js.j2").read_text(encoding="utf-8")]
     texts: dict[str, Any] = {
         "title": plain(run.start.get("name", "Unnamed run"), 80),
         "when": when(run.start.get("time")),
@@ -75,14 +74,14 @@ def render(run: Run) -> str:
         "recipe": run.recipe.strip(),
         "steps": [step | {"facts": facts(step.get("facts"))} for step in on_wire.steps(run)],
     }
-    return pages.get_template("report.html.j2").render(
+    return pages.get_template("page.html.j2").render(
         **texts,
         plots=plots,
         figures=figures,
         specs=[made.spec for made in figures],
         policy=policy(scripts),
         scripts=[Markup(script) for script in scripts],
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
     )
 
 

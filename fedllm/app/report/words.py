@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from fedllm.app.report_data import Comparison, Losses, Run, is_number, mean
+from fedllm.app.report.data import Comparison, Losses, Run, is_number, mean
 
 NONE = "\N{EN DASH}"
 """What stands in a table where there is no number."""

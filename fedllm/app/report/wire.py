@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from fedllm.app.report_data import Run, is_number, part
-from fedllm.app.report_words import number, plain, protected, size
+from fedllm.app.report.data import Run, is_number, part
+from fedllm.app.report.words import number, plain, protected, size
 
 
 def steps(run: Run) -> list[dict[str, Any]]:

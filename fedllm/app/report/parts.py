@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fedllm.app.report_data import Comparison, Run, is_number, losses, mean, part
-from fedllm.app.report_words import duration, everyone_means, number, perplexity, plain, size
+from fedllm.app.report.data import Comparison, Run, is_number, losses, mean, part
+from fedllm.app.report.words import duration, everyone_means, number, perplexity, plain, size
 
 CONDITIONS = ("base", "alone", "federated", "pooled")
 ALL = 40

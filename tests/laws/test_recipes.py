@@ -1,0 +1,51 @@
+"""Every recipe that the project brings parses, plans, and runs two rounds on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fedllm
+from fedllm.app.build import build
+from fedllm.app.config import read_recipe, read_toml
+from fedllm.app.plan_view import plan_lines
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "fedllm" / "app" / "quickstart.toml"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+def tiny_recipe(path: Path, model: Path, folder: Path):
+    """The recipe as it stands, but for the model, the text, and how long it takes."""
+    table = read_toml(path)
+    names = list(table.get("silos", {})) or ["hospital_a", "hospital_b"]
+    for name in names:
+        rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table["silos"] = {name: f"{name}.jsonl" for name in names}
+    table["data"] = {**table.get("data", {}), "root": str(folder), "limit_test": 4}
+    table |= {"model": str(model), "rounds": 2, "dtype": "float32", "device": "cpu"}
+    table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
+    return read_recipe(table)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
+    recipe = tiny_recipe(path, model, tmp_path)
+    assert any("aggregate" in line for line in plan_lines(build(recipe, weights=False)))
+    run = fedllm.run(recipe, tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["rounds"] == 2
+    assert set(metrics["loss"]["federated"]) == set(recipe.silos)
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert (run / "report.html").stat().st_size > 10_000
