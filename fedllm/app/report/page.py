@@ -37,7 +37,7 @@ def render(run: Run) -> str:
     from plotly.offline import get_plotlyjs
 
     found, refused = compare(run), on_wire.dropped(run)
-    plots = {
+    drawn = {
         "comparison": plots.comparison(found),
         "gains": plots.gains(found),
         "history": plots.history(run),
@@ -47,7 +47,7 @@ def render(run: Run) -> str:
         "traffic": costs.traffic(run),
         "error": costs.aggregation_error(run),
     }
-    figures = [made for made in plots.values() if made]
+    figures = [made for made in drawn.values() if made]
     pages = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -76,7 +76,7 @@ def render(run: Run) -> str:
     }
     return pages.get_template("page.html.j2").render(
         **texts,
-        plots=plots,
+        plots=drawn,
         figures=figures,
         specs=[made.spec for made in figures],
         policy=policy(scripts),
