@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
 from fedllm.exchange.lora_error import lora_error
+from fedllm.exchange.select import fixed_size
 from fedllm.silo.cohort import stackable
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
@@ -45,6 +46,8 @@ class Parts(NamedTuple):
     algorithm: Algorithm
     evaluator: Client
     plan: Plan
+    looked: Sequence[str]
+    """The silos whose held-out text is looked at."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
 
@@ -102,7 +105,7 @@ def build(recipe: Recipe, weights: bool = True) -> Parts:
     width = choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, width,
+        evaluator, fitting, sample(silos.names, recipe), width,
     )  # fmt: skip
 
 
@@ -126,6 +129,12 @@ def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algo
     rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
     width = cohort_width(model, rows, longest(silos), device)
     return max(2, width) if recipe.runtime == "cohort" else width
+
+
+def sample(names: Sequence[str], recipe: Recipe) -> list[str]:
+    """Return as many silos as a recipe looks at, the same ones in every round."""
+    drawn = fixed_size(names, min(len(names), recipe.evaluate.silos), derive(recipe.seed, "looked"))
+    return list(drawn(0))
 
 
 def longest(silos: Silos) -> int:

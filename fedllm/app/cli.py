@@ -40,7 +40,8 @@ def quickstart(
 ) -> None:
     """Four silos fine-tune SmolLM2-135M with LoRA by FedAvg, on text that every machine has."""
     extra = ["evaluate.pooled=true"] if pooled else []
-    start(recipe_of(Path(__file__).with_name("quickstart.toml"), [*extra, *settings]), out_folder)
+    recipe = recipe_of(Path(__file__).with_name("quickstart.toml"), [*extra, *settings])
+    start(recipe, out_folder or next_free(Path("runs") / recipe.name))
 
 
 @app.command()
@@ -112,6 +113,18 @@ def report(folder: RunFolder) -> None:
     if not (folder / "events.jsonl").exists():
         raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
     say(f"Report: {write_report(folder)}")
+
+
+def next_free(folder: Path) -> Path:
+    """Return the folder, or with the first number after its name under which there is none yet.
+
+    A quickstart is tried more than once; a run of one's own is only replaced by hand.
+    """
+    taken, number = folder, 1
+    while taken.exists():
+        number += 1
+        taken = folder.with_name(f"{folder.name}-{number}")
+    return taken
 
 
 def recipe_of(source: Path, settings: list[str]) -> Recipe:

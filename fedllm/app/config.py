@@ -43,6 +43,8 @@ class Evaluate(Closed):
 
     every: int = Field(1, gt=0)
     """Rounds between two looks at the held-out text; the last round is always looked at."""
+    silos: int = Field(32, gt=0)
+    """Silos that are looked at, and trained alone, at most; of more a seeded sample."""
     batch_size: int = Field(16, gt=0)
     alone: bool = True
     """Train each silo alone with the same budget."""

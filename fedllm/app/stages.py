@@ -81,7 +81,7 @@ def held_out_losses(
 ) -> dict[str, dict[str, float]]:
     """Return `loss` (and `accuracy` where the task has one) on the silos' held-out text."""
     exchange = local(parts.evaluator, parts.open_silo(ui.tick), {})
-    names = parts.silos.names if names is None else names
+    names = parts.looked if names is None else names
     requests = [Request(name, 0, "evaluate", params, {"base": float(base)}) for name in names]
     found: dict[str, dict[str, float]] = {}
     for reply in exchange(requests):
@@ -93,43 +93,50 @@ def held_out_losses(
 
 def baselines(folder: Path, parts: Parts, ui: Ui) -> None:
     """Train each silo alone, and on everything pooled, as far as the recipe asks and it is not done."""
-    recipe, silos = parts.recipe, parts.silos
-    events = read_events(folder)
-    took_part = budget([parts.select(number) for number in range(recipe.rounds)])
-    steps = {name: rounds * parts.work().steps(silos.examples(name)) for name, rounds in took_part.items()}
+    recipe, events = parts.recipe, read_events(folder)
+    rounds = budget([parts.select(number) for number in range(recipe.rounds)])
     have = {event["silo"] for event in events if event["event"] == "alone"}
-    missing = [name for name in silos.names if name in steps and name not in have] if recipe.evaluate.alone else []
+    missing = [name for name in parts.looked if name in rounds and name not in have] if recipe.evaluate.alone else []
     for place, name in enumerate(missing):
-        begun = time.perf_counter()
         ui.whole("silos alone", len(missing), place)
-        with ui.part("alone", steps[name], counts=True):
-            work = parts.work(steps=steps[name], epochs=None)
-            ((_, params),) = alone(training_exchange(parts, work._replace(cohort=None), {}, ui), parts.params, [name])
-        where = silos.names if len(silos.names) <= EVERYWHERE else [name]
-        with ui.part("held-out loss", None):
-            losses = held_out_losses(parts, ui, params, where)
-        append_event(folder, {"event": "alone", "silo": name, **losses, "seconds": time.perf_counter() - begun})
-        own = losses["loss"][name]
-        ui.say(f"{name} alone: held-out loss {own:.3f} on its own text")
-    if recipe.evaluate.pooled and steps and not any(event["event"] == "pooled" for event in events):
-        begun, total = time.perf_counter(), sum(steps.values())
-        everything = Silo(POOLED, parts.model, silos.pooled(), {}, derive(recipe.seed, "silo", POOLED), ui.tick)
-        work = parts.work(steps=total, epochs=None)
+        append_event(folder, {"event": "alone", "silo": name, **alone_losses(parts, ui, name, rounds[name])})
+    if recipe.evaluate.pooled and rounds and not any(event["event"] == "pooled" for event in events):
         ui.whole("everything pooled", 1)
-        with ui.part("pooled", total, counts=True):
-            ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
-        with ui.part("held-out loss", evaluation_steps(parts)):
-            losses = held_out_losses(parts, ui, params)
-        append_event(folder, {"event": "pooled", **losses, "seconds": time.perf_counter() - begun})
-        ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")
+        append_event(folder, {"event": "pooled", **pooled_losses(parts, ui, rounds)})
 
 
-def evaluation_steps(parts: Parts) -> int | None:
-    """Return how many batches one look at all held-out text takes, if that is quick to say."""
-    if len(parts.silos.names) > 64:
-        return None
+def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]:
+    """Train one silo alone for as many steps as it took in so many rounds, and look at what it learned."""
+    begun, steps = time.perf_counter(), rounds * parts.work().steps(parts.silos.examples(name))
+    work = parts.work(steps=steps, epochs=None)
+    with ui.part("alone", steps, counts=True):
+        ((_, params),) = alone(training_exchange(parts, work._replace(cohort=None), {}, ui), parts.params, [name])
+    with ui.part("held-out loss", None):
+        where = parts.looked if len(parts.silos.names) <= EVERYWHERE else [name]
+        losses = held_out_losses(parts, ui, params, where)
+    ui.say(f"{name} alone: held-out loss {losses['loss'][name]:.3f} on its own text")
+    return {**losses, "seconds": time.perf_counter() - begun}
+
+
+def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, Any]:
+    """Train on all text in one place for as many steps as all silos took, and look at what was learned."""
+    begun, silos = time.perf_counter(), parts.silos
+    steps = sum(count * parts.work().steps(silos.examples(name)) for name, count in rounds.items())
+    seed = derive(parts.recipe.seed, "silo", POOLED)
+    everything = Silo(POOLED, parts.model, silos.pooled(), {}, seed, ui.tick)
+    work = parts.work(steps=steps, epochs=None)
+    with ui.part("pooled", steps, counts=True):
+        ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
+    with ui.part("held-out loss", evaluation_steps(parts)):
+        losses = held_out_losses(parts, ui, params)
+    ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")
+    return {**losses, "seconds": time.perf_counter() - begun}
+
+
+def evaluation_steps(parts: Parts) -> int:
+    """Return how many batches one look at the held-out text takes."""
     size = parts.recipe.evaluate.batch_size
-    return sum(-(-len(parts.silos.examples(name)["test"]) // size) for name in parts.silos.names)
+    return sum(-(-len(parts.silos.examples(name)["test"]) // size) for name in parts.looked)
 
 
 def tell(report: Report) -> dict[str, Any]:
