@@ -37,7 +37,9 @@ def causal_loss(autocast: torch.dtype | None = None) -> Objective:
         places_T = torch.arange(first - width, 0, device=batch.labels_BT.device)
         kwargs = {"logits_to_keep": places_T} if takes_logits_to_keep(model) else {}
         with torch.autocast(batch.input_ids_BT.device.type, autocast, enabled=autocast is not None):
-            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **kwargs).logits[:, first - width :]
+            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **kwargs).logits
+        if not kwargs:
+            logits_BTV = logits_BTV[:, first - width :]
         # Logits predict the next token; what follows a row's last is not scored.
         next_BT = functional.pad(batch.labels_BT[:, first + 1 :], (0, 1), value=IGNORED)
         logits_NV, next_N = logits_BTV.flatten(0, 1), next_BT.flatten()
