@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fedllm
 from fedllm.app.build import Parts, build
@@ -28,7 +27,7 @@ from fedllm.app.results import mean, write_metrics
 from fedllm.app.scores import check_files, score_files
 from fedllm.app.stages import baselines, evaluation_steps, held_out_losses, one_round
 from fedllm.core.errors import FedllmError, Interrupted
-from fedllm.core.types import NOTHING, State, Tensors
+from fedllm.core.types import State, Tensors
 from fedllm.runtime.store import (
     append_event,
     load_checkpoint,
@@ -129,11 +128,8 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
     state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
         home = next(iter(parts.params.values())).device
-        state = State(
-            kept.state.round,
-            *(copied(part, home, fresh) for part, fresh in zip(kept.state[1:], state[1:], strict=True)),
-        )
-        memory.update({name: copied(part, torch.device("cpu")) for name, part in kept.memory.items()})
+        state = State(kept.state.round, *({n: v.to(home) for n, v in part.items()} for part in kept.state[1:]))
+        memory.update(kept.memory)
     events = trim_events(folder, state.round)
     done = {event["event"] for event in events}
     if not events:
@@ -153,16 +149,6 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
         ui.whole("rounds", recipe.rounds, state.round)
     baselines(folder, parts, ui)
     finish(folder, parts, state, ui)
-
-
-def copied(tensors: Tensors, device: torch.device, like: Tensors = NOTHING) -> dict[str, Tensor]:
-    """Return copies of tensors on a device, those of `like` in its order.
-
-    A file gives its tensors by name and where they lie in it; sums over all of them, or over
-    tensors aligned otherwise, would differ in the last bit from those of a run not stopped.
-    """
-    names = [*(name for name in like if name in tensors), *(name for name in tensors if name not in like)]
-    return {name: tensors[name].to(device, copy=True) for name in names}
 
 
 def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:

@@ -67,7 +67,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     for number, kept in enumerate(checkpoint.memory.values()):
         tensors |= under(f"memory.{number}", kept)
-    metadata = {"round": str(state.round), "silos": json.dumps(list(checkpoint.memory))}
+    # A file gives its tensors by name; sums over all of them need the order they had, to the last bit.
+    metadata = {
+        "round": str(state.round),
+        "silos": json.dumps(list(checkpoint.memory)),
+        "names": json.dumps(list(tensors)),
+    }
     place = folder / "checkpoints"
     place.mkdir(exist_ok=True)
     with replacing(place / f"round-{state.round:06d}.safetensors") as beside:
@@ -82,7 +87,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies, since tensors that lie in a file are aligned otherwise, and sums then differ.
+                names = json.loads(metadata["names"])
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError) as error:
             raise FedllmError(
                 f"The checkpoint '{path}' cannot be read ({error}); delete it to go on from the one before."

@@ -269,7 +269,10 @@ def test_a_text_too_long_to_be_classified_is_counted_never_cut():
 
 def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused():
     class Slow:
-        is_fast, chat_template, eos_token = False, None, ""
+        is_fast, chat_template, eos_token, bos_token_id = False, None, "", None
+
+        def __call__(self, text):
+            return {"input_ids": [5]}
 
     with pytest.raises(FedllmError, match="Slow cannot say where its tokens stand; use the model's fast tokenizer"):
         instruct(Slow()).prepare([{"prompt": "a", "response": "b"}], "a")
