@@ -73,8 +73,10 @@ def require_like(tensors: Tensors, like: Tensors) -> None:
             raise Refused(f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
         if value.dtype != expected.dtype:
             raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
-    for piece in pieces(value for value in tensors.values() if value.is_floating_point()):
-        # A sum is the quickest look: it is not finite if any value is not, and hardly ever otherwise.
-        if not piece.sum().isfinite() and not piece.isfinite().all():
-            worst = next(name for name, value in tensors.items() if not value.isfinite().all())
-            raise Refused(f"'{worst}' is not finite")
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    # A sum is the quickest look: it is not finite if any value is not, and hardly ever otherwise.
+    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
+    if sums and not bool(torch.stack(sums).isfinite().all()):
+        for name, value in floats.items():
+            if not bool(value.isfinite().all()):
+                raise Refused(f"'{name}' is not finite")

@@ -92,8 +92,8 @@ def other(name: str) -> str:
 
 def factors(look: Look, name: str) -> Factors:
     """Return a layer's factors after training: what was sent less the updates."""
-    a_KRI = look.start[name] - torch.stack([update[name] for update, _ in look.waiting])
-    b_KOR = look.start[other(name)] - torch.stack([update[other(name)] for update, _ in look.waiting])
+    a_KRI = torch.stack([update[name] for update, _ in look.waiting]).neg_().add_(look.start[name])
+    b_KOR = torch.stack([update[other(name)] for update, _ in look.waiting]).neg_().add_(look.start[other(name)])
     return Factors(a_KRI, b_KOR, a_KRI.new_tensor([share for _, share in look.waiting]))
 
 
@@ -124,7 +124,7 @@ def settle(look: Look) -> None:
     """Put the waiting clients into the sums."""
     for name in layers(look.start):
         each = factors(look, name)
-        weighted_KOR = each.share_K[:, None, None] * each.b_KOR
+        weighted_KOR = each.b_KOR.mul_(each.share_K[:, None, None])
         seen = each.a_KRI.flatten(0, 1) @ look.sketch[each.a_KRI.shape[2]]
         grow(look.sums, name, torch.tensordot(each.share_K, each.a_KRI, 1))
         grow(look.sums, other(name), weighted_KOR.sum(0))

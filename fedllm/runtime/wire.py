@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,16 +109,20 @@ def reply_head(reply: Reply) -> dict[str, Any]:
 
 def message_bytes(tensors: Tensors, head: Mapping[str, Any]) -> int:
     """Return the length of `pack(tensors, head)` without making it."""
-    entries, place = {}, 0
+    listed, payload = layout(tuple((name, value.dtype, value.shape) for name, value in tensors.items()))
+    text = json.dumps({"__metadata__": {"fedllm": json.dumps(head, sort_keys=True)}}, separators=(",", ":"))
+    return 8 + 8 * math.ceil((len(text) + listed) / 8) + payload
+
+
+@lru_cache(maxsize=64)
+def layout(entries: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[int, int]:
+    """Return the bytes of the tensors' part of a message's header, and those of their numbers."""
+    listed, place = {}, 0
     # safetensors lays tensors out by its own order of types, then by name.
-    for name, value in sorted(tensors.items(), key=lambda item: (ORDER[item[1].dtype], item[0])):
-        end = place + value.numel() * value.element_size()
-        entries[name] = {
-            "dtype": CODES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [place, end],
-        }
+    for name, dtype, shape in sorted(entries, key=lambda entry: (ORDER[entry[1]], entry[0])):
+        end = place + shape.numel() * dtype.itemsize
+        listed[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [place, end]}
         place = end
-    header = {"__metadata__": {"fedllm": json.dumps(head, sort_keys=True)}, **entries}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + 8 * math.ceil(len(text) / 8) + place
+    text = json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
+    # Of its two braces and the comma that joins it to the rest, one byte is left.
+    return (len(text) - 1 if listed else 0), place
