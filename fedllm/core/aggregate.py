@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError
-from fedllm.core.tensors import pieces
+from fedllm.core.tensors import CHUNK, pieces
 from fedllm.core.types import Aggregator, Tensors
 
 
@@ -25,19 +25,23 @@ class Total(NamedTuple):
 
     high: Tensor
     low: Tensor
+    scratch: Tensor
     like: Tensors
     weight: Fraction
 
 
-def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float) -> None:
+def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, scratch: Tensor) -> None:
     """Add weight * value to high + low in place; the rounding error of each sum goes to `low`.
+
+    `scratch` has three float64 rows for what comes between: fresh memory would cost more than the sums.
 
     TwoSum of Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. The product is exact in
     float64 for float32 values and weights of up to 29 bits.
     """
-    x = value.to(torch.float64).mul_(weight)
-    total = high + x
-    kept = total - high
+    x, total, kept = scratch[:, : value.numel()]
+    x.copy_(value).mul_(weight)
+    torch.add(high, x, out=total)
+    torch.sub(total, high, out=kept)
     x.sub_(kept)
     low.add_(x)
     high.sub_(kept.neg_().add_(total))
@@ -57,7 +61,8 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         size = sum(value.numel() for value in like.values())
         home = next(iter(like.values())).device
         high, low = (torch.zeros(size, dtype=torch.float64, device=home) for _ in range(2))
-        return Total(high, low, like, Fraction(0))
+        scratch = torch.empty(3, CHUNK, dtype=torch.float64, device=home)
+        return Total(high, low, scratch, like, Fraction(0))
 
     def add(total: Total, update: Tensors, weight: float) -> Total:
         share = 1.0 if weights == "uniform" else weight
@@ -66,7 +71,7 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         start = 0
         for piece in pieces(update[name] for name in total.like):
             end = start + piece.numel()
-            add_exactly(total.high[start:end], total.low[start:end], piece, share)
+            add_exactly(total.high[start:end], total.low[start:end], piece, share, total.scratch)
             start = end
         return total._replace(weight=total.weight + Fraction(share))
 

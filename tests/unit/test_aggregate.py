@@ -148,4 +148,4 @@ def test_the_fold_holds_two_float64_words_a_value_however_many_come():
     parts = [total.high, total.low]
     assert [value.data_ptr() for value in parts] == held
     assert sum(value.numel() * value.element_size() for value in parts) == 2 * 8 * 1100
-    assert set(total._fields) == {"high", "low", "like", "weight"} and total.like is like
+    assert set(total._fields) == {"high", "low", "scratch", "like", "weight"} and total.like is like
