@@ -45,11 +45,7 @@ def measure(layers: int, hidden: int, rows: int, tokens: int, times: int) -> dic
         groups = [round_of[start : start + width] for start in range(0, CLIENTS, width)]
         return [dict(reply.tensors) for group in groups for reply, _ in work.cohort(group)]
 
-    error = max(
-        float((a[name] - b[name]).abs().max())
-        for a, b in zip(one_by_one(), as_cohort(), strict=True)
-        for name in params
-    )
+    error = difference(one_by_one(), as_cohort())
     batched, single, ratio = paired(as_cohort, one_by_one, times)
     return {
         "ratio": round(ratio, 3),
@@ -58,6 +54,20 @@ def measure(layers: int, hidden: int, rows: int, tokens: int, times: int) -> dic
         "single_s": single,
         "cohort_s": batched,
     }
+
+
+def difference(ones: list[dict[str, torch.Tensor]], many: list[dict[str, torch.Tensor]]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for a, b in zip(ones, many, strict=True) for name in a)
+
+
+def sgd_difference() -> float:
+    """Compare with plain SGD, which does not divide rounding by near-zero second moments as AdamW does."""
+    model, params = with_lora(llama(4, 256, VOCAB))
+    round_of = members(model, params, {f"silo_{i}": texts(2 * STEPS, 64, VOCAB, f"{i}") for i in range(8)})
+    work = local_training(causal_loss(), 0, steps=STEPS, batch_size=2, learning_rate=0.1, optimiser="sgd")
+    assert work.cohort is not None
+    ones = [dict(work.client(*each)[0].tensors) for each in round_of]
+    return difference(ones, [dict(reply.tensors) for reply, _ in work.cohort(round_of)])
 
 
 def main() -> None:
@@ -76,6 +86,7 @@ def main() -> None:
             "cohort_over_sequential": found["4 layers x 256, 2 x 64"]["ratio"],
             "cohort_over_sequential_small": found["4 layers x 256, 1 x 16"]["ratio"],
             "max_abs_error": max(row["error"] for row in found.values()),
+            "max_abs_error_sgd": sgd_difference(),
             "least": min(row["ratio"] for row in found.values()),
             "sizes": found,
         },
