@@ -11,6 +11,9 @@ from fedllm.core.types import Facts
 ADAMW_BYTES = 12
 """Gradient and two moments in float32, a trained value."""
 
+PROCESS_BYTES = 600_000_000
+"""Python with torch, transformers and peft loaded."""
+
 MEAN_BYTES = 16
 """Two float64 words a value, in which the server adds updates up."""
 
@@ -54,19 +57,21 @@ def memory(parts: Parts) -> int:
     weights = size(parts.model.parameters())
     # A cohort holds every client's update; one by one there is one, and the server's total either way.
     state = trained * (ADAMW_BYTES + 4 + 4) * parts.width + trained * MEAN_BYTES
-    return weights + state + activations(parts)
+    return PROCESS_BYTES + weights + state + activations(parts)
 
 
 def activations(parts: Parts) -> int:
-    """Estimate what one batch keeps for the backward pass: 16 hidden vectors a layer and token, and the logits."""
+    """Estimate what one batch keeps for the backward pass: 30 hidden vectors a layer and token, and the logits."""
     config = parts.model.config
     hidden = getattr(config, "hidden_size", 0)
     layers = getattr(config, "num_hidden_layers", 0)
     client = parts.recipe.client
     rows = int(client.get("micro_batch") or client.get("batch_size", 8)) * parts.width
     word = 2 if "16" in str(parts.dtype) else 4
-    kept = 2 if parts.recipe.gradient_checkpointing else 16
-    return rows * longest(parts.silos) * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 8))
+    kept = 2 if parts.recipe.gradient_checkpointing else 30
+    return (
+        rows * longest(parts.silos) * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 14))
+    )
 
 
 def memory_note(parts: Parts) -> str:

@@ -35,7 +35,7 @@ class Factors(NamedTuple):
     """The waiting clients' factors of one layer, side by side, and their shares."""
 
     a_KRI: Tensor
-    b_KOR: Tensor
+    b_OKR: Tensor
     share_K: Tensor
 
 
@@ -93,8 +93,13 @@ def other(name: str) -> str:
 def factors(look: Look, name: str) -> Factors:
     """Return a layer's factors after training: what was sent less the updates."""
     a_KRI = torch.stack([update[name] for update, _ in look.waiting]).neg_().add_(look.start[name])
-    b_KOR = torch.stack([update[other(name)] for update, _ in look.waiting]).neg_().add_(look.start[other(name)])
-    return Factors(a_KRI, b_KOR, a_KRI.new_tensor([share for _, share in look.waiting]))
+    # Beside one another, so that flattening the last two dimensions copies nothing.
+    b_OKR = (
+        torch.stack([update[other(name)] for update, _ in look.waiting], 1)
+        .neg_()
+        .add_(look.start[other(name)][:, None])
+    )
+    return Factors(a_KRI, b_OKR, a_KRI.new_tensor([share for _, share in look.waiting]))
 
 
 def exact(look: Look) -> tuple[float, float]:
@@ -106,10 +111,10 @@ def exact(look: Look) -> tuple[float, float]:
     for name in layers(look.start):
         each = factors(look, name)
         p_K = each.share_K.double() / look.weight
-        a_KRI, b_KOR = each.a_KRI.double(), each.b_KOR.double()
-        left = (p_K[:, None, None] * b_KOR).transpose(0, 1).flatten(1)
+        a_KRI, b_OKR = each.a_KRI.double(), p_K[:, None] * each.b_OKR.double()
+        left = b_OKR.flatten(1)
         right = a_KRI.flatten(0, 1)
-        mean_a, mean_b = torch.tensordot(p_K, a_KRI, 1), torch.tensordot(p_K, b_KOR, 1)
+        mean_a, mean_b = torch.tensordot(p_K, a_KRI, 1), b_OKR.sum(1)
         whole += squared_norm(left, right)
         off += squared_norm(torch.cat([left, -mean_b], 1), torch.cat([right, mean_a]))
     return max(0.0, off), whole
@@ -124,11 +129,11 @@ def settle(look: Look) -> None:
     """Put the waiting clients into the sums."""
     for name in layers(look.start):
         each = factors(look, name)
-        weighted_KOR = each.b_KOR.mul_(each.share_K[:, None, None])
+        weighted_OKR = each.b_OKR.mul_(each.share_K[:, None])
         seen = each.a_KRI.flatten(0, 1) @ look.sketch[each.a_KRI.shape[2]]
         grow(look.sums, name, torch.tensordot(each.share_K, each.a_KRI, 1))
-        grow(look.sums, other(name), weighted_KOR.sum(0))
-        grow(look.sums, f"{name}:product", weighted_KOR.transpose(0, 1).flatten(1) @ seen)
+        grow(look.sums, other(name), weighted_OKR.sum(1))
+        grow(look.sums, f"{name}:product", weighted_OKR.flatten(1) @ seen)
     look.waiting.clear()
 
 
