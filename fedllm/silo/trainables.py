@@ -142,7 +142,6 @@ def peft_method(method: str, **config: Any) -> Trainable:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
             try:
-                # A copy, since peft writes into the lists that it is given.
                 return get_peft_model(model, kinds[method](**settings))
             except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
