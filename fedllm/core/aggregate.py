@@ -44,7 +44,7 @@ def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, scratch
     torch.sub(total, high, out=kept)
     x.sub_(kept)
     low.add_(x)
-    high.sub_(kept.neg_().add_(total))
+    high.sub_(torch.sub(total, kept, out=kept))
     low.add_(high)
     high.copy_(total)
 

@@ -15,19 +15,29 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import generator
 from fedllm.core.types import Facts, Probe, Scalars, Tensors
 
-COLUMNS = 64
+COLUMNS = 32
 
 TOGETHER = 32
-"""Rounds of up to so many clients are looked at exactly; larger ones through random columns, so many at a time."""
+"""Rounds of up to so many clients are looked at exactly, their updates held; larger ones through random columns."""
+
+
+class Group(NamedTuple):
+    """Layers of one shape, worked on as one: a sketch S, the start's A S and B, the sums of p A S and p B [A S, 1]."""
+
+    names: list[str]
+    sketch_IS: Tensor
+    seen_LRS: Tensor
+    b_LOR: Tensor
+    sum_a_LRS: Tensor
+    sum_b_LON: Tensor
 
 
 class Look(NamedTuple):
-    """Clients not yet in the sums, and the running sums of p, p A, p B and p B A S with a sketch S."""
+    """What was sent, clients not yet in the sums, and the sums once there are too many to hold."""
 
     start: Tensors
-    sketch: dict[int, Tensor]
-    sums: dict[str, Tensor]
     waiting: list[tuple[Tensors, float]]
+    groups: list[Group]
     weight: float
 
 
@@ -42,32 +52,27 @@ class Factors(NamedTuple):
 def lora_error(weights: str = "examples") -> Probe:
     """Build the probe; `weights` as of the mean it looks at.
 
-    In rounds of more than 32 clients each layer's inputs are multiplied by 64 Gaussian columns S;
+    In rounds of more than 32 clients each layer's inputs are multiplied by 32 Gaussian columns S;
     ||M S||^2 is an unbiased estimate of ||M||^2, and the ratio is good to a few per cent.
     """
 
     def zero(like: Tensors) -> Look:
-        home = next(iter(like.values())).device
-        sketch = {
-            size: torch.randn(size, COLUMNS, generator=generator(0, "sketch", size)).div_(COLUMNS**0.5).to(home)
-            for size in {like[name].shape[1] for name in layers(like)}
-        }
-        return Look(like, sketch, {}, [], 0.0)
+        return Look(like, [], [], 0.0)
 
     def add(look: Look, update: Tensors, weight: float) -> Look:
-        if len(look.waiting) == TOGETHER:
-            settle(look)
         share = weight if weights == "examples" else 1.0
         look.waiting.append((update, share))
+        if not look.groups and len(look.waiting) > TOGETHER:
+            look.groups.extend(grouped(look.start))
+        if look.groups:
+            for held, its_share in look.waiting:
+                for group in look.groups:
+                    sketch(group, held, its_share)
+            look.waiting.clear()
         return look._replace(weight=look.weight + share)
 
     def done(look: Look) -> Scalars:
-        if look.sums:
-            if look.waiting:
-                settle(look)
-            off, whole = estimated(look)
-        else:
-            off, whole = exact(look)
+        off, whole = estimated(look) if look.groups else exact(look)
         return {"aggregation_error": (off / whole) ** 0.5 if whole else 0.0}
 
     def claim(facts: Facts) -> Facts:
@@ -125,28 +130,39 @@ def squared_norm(left: Tensor, right: Tensor) -> float:
     return float(((left.mT @ left) * (right @ right.mT)).sum())
 
 
-def settle(look: Look) -> None:
-    """Put the waiting clients into the sums."""
-    for name in layers(look.start):
-        each = factors(look, name)
-        weighted_OKR = each.b_OKR.mul_(each.share_K[:, None])
-        seen = each.a_KRI.flatten(0, 1) @ look.sketch[each.a_KRI.shape[2]]
-        grow(look.sums, name, torch.tensordot(each.share_K, each.a_KRI, 1))
-        grow(look.sums, other(name), weighted_OKR.sum(1))
-        grow(look.sums, f"{name}:product", weighted_OKR.flatten(1) @ seen)
-    look.waiting.clear()
+def grouped(start: Tensors) -> list[Group]:
+    """Gather the layers whose factors have the same shapes."""
+    shapes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name in layers(start):
+        shapes.setdefault((start[name].shape, start[other(name)].shape), []).append(name)
+    groups = []
+    for names in shapes.values():
+        a_LRI, b_LOR = (torch.stack([start[key] for key in keys]) for keys in (names, map(other, names)))
+        inputs, rank = a_LRI.shape[2], a_LRI.shape[1]
+        sketch_IS = torch.randn(inputs, COLUMNS, generator=generator(0, "sketch", inputs)).div_(COLUMNS**0.5).to(a_LRI)
+        seen_LRS = a_LRI @ sketch_IS
+        sum_b_LON = b_LOR.new_zeros(*b_LOR.shape[:2], COLUMNS + rank)
+        groups.append(Group(names, sketch_IS, seen_LRS, b_LOR, torch.zeros_like(seen_LRS), sum_b_LON))
+    return groups
+
+
+def sketch(group: Group, update: Tensors, share: float) -> None:
+    """Add one client to a group's sums."""
+    moved_LRI = torch.stack([update[name] for name in group.names])
+    b_LOR = group.b_LOR - torch.stack([update[other(name)] for name in group.names])
+    seen_LRS = (group.seen_LRS - moved_LRI @ group.sketch_IS).mul_(share)
+    one_LRR = (share * torch.eye(seen_LRS.shape[1]).to(seen_LRS)).expand(len(seen_LRS), -1, -1)
+    group.sum_a_LRS.add_(seen_LRS)
+    # One product gives the sum of p B A S and, beside it, that of p B.
+    group.sum_b_LON.baddbmm_(b_LOR, torch.cat([seen_LRS, one_LRR], 2))
 
 
 def estimated(look: Look) -> tuple[float, float]:
     """Return the same two numbers as `exact`, through the sketch."""
     off, whole = 0.0, 0.0
-    for name in layers(look.start):
-        a, b, product = (look.sums[key] / look.weight for key in (name, other(name), f"{name}:product"))
-        off += float((product - b @ (a @ look.sketch[a.shape[1]])).square().sum())
-        whole += float(product.square().sum())
+    for group in look.groups:
+        seen_LRS, sums_LON = group.sum_a_LRS / look.weight, group.sum_b_LON / look.weight
+        product_LOS, b_LOR = sums_LON[..., :COLUMNS], sums_LON[..., COLUMNS:]
+        off += float((product_LOS - b_LOR @ seen_LRS).square().sum())
+        whole += float(product_LOS.square().sum())
     return off, whole
-
-
-def grow(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Add to a running sum, starting it if it is not there."""
-    sums[name] = sums[name].add_(value) if name in sums else value
