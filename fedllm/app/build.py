@@ -12,7 +12,7 @@ from torch import nn
 
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
-from fedllm.app.data import Silos, open_shards
+from fedllm.app.data import NOWHERE, Silos, open_shards
 from fedllm.core.errors import FedllmError
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
@@ -61,8 +61,10 @@ class Parts(NamedTuple):
         return lambda name: Silo(name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick)
 
 
-def build(recipe: Recipe, weights: bool = True) -> Parts:
+def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -> Parts:
     """Build a run's parts; without `weights` the model has shapes only, enough for a plan.
+
+    `elsewhere` names the silos of a federation, whose text other machines hold.
 
     Raises `FedllmError` for whatever does not fit, before anything is trained.
     """
@@ -74,14 +76,15 @@ def build(recipe: Recipe, weights: bool = True) -> Parts:
     tokenizer = load_tokenizer(recipe.model)
     task = make("task", recipe.task, tokenizer)
     trainable = make("trainable", recipe.trainable)
-    silos = Silos(open_shards(recipe), task)
-    silos.check()
+    silos = Silos({name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task)
+    if not elsewhere:
+        silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
 
     # Weights that are trained stay in float32, whatever type they are computed in.
     kept = dtype if trainable.adapter else torch.float32
     if weights:
-        base = load_model(recipe.model, device, kept, longest(silos), recipe.gradient_checkpointing)
+        base = load_model(recipe.model, device, kept, row_tokens(recipe), recipe.gradient_checkpointing)
     else:
         base = empty_model(recipe.model, kept)
     model = trainable.attach(base, recipe.seed)
@@ -102,7 +105,7 @@ def build(recipe: Recipe, weights: bool = True) -> Parts:
     )
     evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
     fitting = plan(algorithm, params)
-    width = choose_width(recipe, model, silos, algorithm, device)
+    width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
         evaluator, fitting, sample(silos.names, recipe), width,
@@ -135,6 +138,11 @@ def sample(names: Sequence[str], recipe: Recipe) -> list[str]:
     """Return as many silos as a recipe looks at, the same ones in every round."""
     drawn = fixed_size(names, min(len(names), recipe.evaluate.silos), derive(recipe.seed, "looked"))
     return list(drawn(0))
+
+
+def row_tokens(recipe: Recipe) -> int:
+    """Return the tokens that a row may have: from the recipe alone, so that every machine computes alike."""
+    return int(recipe.task.get("max_tokens", 512))
 
 
 def longest(silos: Silos) -> int:

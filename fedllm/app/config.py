@@ -24,6 +24,11 @@ class SiloFiles(Closed):
 
     train: str
     test: str | None = None
+    query: str | None = None
+    """What to read, where `train` is a database's URL."""
+    test_query: str | None = None
+    columns: dict[str, str] = {}
+    """The task's name of a column -> this silo's own."""
 
 
 class Data(Closed):
@@ -58,6 +63,17 @@ class Evaluate(Closed):
     """Rows of those files that are used at most."""
 
 
+class Federation(Closed):
+    """How a run between machines waits; a run on one machine does not look at it."""
+
+    least: int = Field(1, gt=0)
+    """Sites that must take part."""
+    patience: float = Field(60, gt=0)
+    """Seconds without any progress after which a site's work of a round is given up."""
+    parallel: int = Field(8, gt=0)
+    """Sites that work at the same time."""
+
+
 class Recipe(Closed):
     """A whole run."""
 
@@ -74,6 +90,7 @@ class Recipe(Closed):
     partition: dict[str, Any] | None = None
     data: Data = Data()
     evaluate: Evaluate = Evaluate()
+    federation: Federation = Federation()
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -93,6 +110,15 @@ class Recipe(Closed):
     @classmethod
     def _only_client(cls, client: Any) -> Any:
         return {"name": "local_training", **client} if isinstance(client, Mapping) else client
+
+
+OWNERS: dict[str, type[BaseModel]] = {
+    "data": Data,
+    "evaluate": Evaluate,
+    "silos": SiloFiles,
+    "federation": Federation,
+}
+"""The closed tables of a recipe."""
 
 
 def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Sequence[str] = ()) -> Recipe:
@@ -161,7 +187,12 @@ def first_problem(error: ValidationError, table: Mapping[str, Any]) -> str:
     keys = [str(key) for key in problem["loc"]]
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        owners: dict[str, type[BaseModel]] = {"data": Data, "evaluate": Evaluate, "silos": SiloFiles}
+        owners: dict[str, type[BaseModel]] = {
+            "data": Data,
+            "evaluate": Evaluate,
+            "silos": SiloFiles,
+            "federation": Federation,
+        }
         owner = owners[keys[0]] if len(keys) > 1 else Recipe
         return f"the key '{path}' is unknown; {nearest(keys[-1], owner.__pydantic_fields__)}"
     if problem["type"] == "missing":

@@ -28,6 +28,10 @@ class Shard(NamedTuple):
     test: Rows
 
 
+NOWHERE = Shard([], [])
+"""What this machine holds of a silo whose text lies elsewhere."""
+
+
 def open_rows(source: str, root: Path) -> Rows:
     """Read the rows of a source: a file, folder or hub id, or an installed package's docstrings."""
     if source.startswith(DOCSTRINGS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedllm.app.build import Parts, longest
+from fedllm.app.build import Parts, longest, row_tokens
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
 
@@ -69,9 +69,9 @@ def activations(parts: Parts) -> int:
     rows = int(client.get("micro_batch") or client.get("batch_size", 8)) * parts.width
     word = 2 if "16" in str(parts.dtype) else 4
     kept = 2 if parts.recipe.gradient_checkpointing else 30
-    return (
-        rows * longest(parts.silos) * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 14))
-    )
+    here = parts.silos.shards[parts.silos.names[0]].train
+    tokens = longest(parts.silos) if here else row_tokens(parts.recipe)
+    return rows * tokens * (layers * hidden * kept * word + getattr(config, "vocab_size", 0) * (word + 14))
 
 
 def memory_note(parts: Parts) -> str:

@@ -30,7 +30,7 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the numbers of a run from its events."""
     rounds = [event for event in events if event["event"] == "round"]
     looked = [event for event in rounds if event.get("loss")]
-    alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone"}
+    alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone" and "loss" in event}
     metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
     for key in ("loss", "accuracy"):
         found = {
@@ -38,7 +38,7 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "alone": {
                 event["silo"]: event[key][event["silo"]]
                 for event in events
-                if event["event"] == "alone" and key in event
+                if event["event"] == "alone" and event["silo"] in event.get(key, {})
             },
             "federated": looked[-1].get(key, {}) if looked else {},
             "pooled": last(events, "pooled").get(key, {}),
@@ -110,7 +110,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         best = min(mean(values) for values in everywhere.values())
         word = "better" if mean(federated) < best else "worse"
         sentences.append(f"on everyone's text it is {word} than the best model that one silo made alone ({best:.3f})")
-    personal = [name for name, value in own.items() if value < federated[name]]
+    personal = [name for name, value in own.items() if value < federated.get(name, value)]
     if own:
         sentences.append(
             f"on their own text {', '.join(personal)} would still gain from a personal model"

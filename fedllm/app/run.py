@@ -18,6 +18,7 @@ import torch
 
 import fedllm
 from fedllm.app.build import Parts, build
+from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
@@ -25,7 +26,7 @@ from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import mean, write_metrics
 from fedllm.app.scores import check_files, score_files
-from fedllm.app.stages import baselines, evaluation_steps, held_out_losses, one_round
+from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import State, Tensors
 from fedllm.runtime.store import (
@@ -122,9 +123,10 @@ def resumable(folder: Path) -> Iterator[None]:
         raise Interrupted(f"Stopped; `fedllm resume {folder}` goes on from the last round.") from None
 
 
-def go(folder: Path, parts: Parts, ui: Ui) -> None:
-    """Do what is not done yet."""
+def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> None:
+    """Do what is not done yet, with the nodes of this machine or with those `elsewhere`."""
     recipe, memory = parts.recipe, dict[str, Tensors]()
+    nodes = elsewhere or here(parts, memory, ui)
     state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
         home = next(iter(parts.params.values())).device
@@ -132,22 +134,22 @@ def go(folder: Path, parts: Parts, ui: Ui) -> None:
         memory.update(kept.memory)
     events = trim_events(folder, state.round)
     done = {event["event"] for event in events}
-    if not events:
-        append_event(folder, start_event(parts))
+    if "start" not in done:
+        append_event(folder, start_event(parts, nodes))
     ui.whole("rounds", recipe.rounds, state.round)
 
     if "base" not in done:
         begun = time.perf_counter()
         with ui.part("base model", evaluation_steps(parts)):
-            losses = held_out_losses(parts, ui, parts.params, base=True)
+            losses = held_out_losses(parts, nodes.exchange, parts.params, base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
-        ui.say(f"base model: held-out loss {mean(losses['loss']):.3f}")
+        ui.say(f"base model: held-out loss {mean(losses.get('loss', {})):.3f}")
     stored = 0.0
     while state.round < recipe.rounds:
-        state, stored = one_round(folder, parts, state, memory, ui, stored)
+        state, stored = one_round(folder, parts, state, nodes, ui, stored)
         ui.whole("rounds", recipe.rounds, state.round)
-    baselines(folder, parts, ui)
+    baselines(folder, parts, nodes, ui)
     finish(folder, parts, state, ui)
 
 
@@ -169,15 +171,22 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
     write_report(folder)
 
 
+def runtime(parts: Parts) -> str:
+    """Say by what the clients are trained."""
+    if not all(shard.train for shard in parts.silos.shards.values()):
+        return "federation"
+    return f"cohort of {parts.width}" if parts.width > 1 else "local"
+
+
 def total_seconds(event: Mapping[str, Any]) -> float:
     """Return the seconds that an event stands for."""
     seconds = event.get("seconds", 0.0)
     return sum(seconds.values()) if isinstance(seconds, Mapping) else seconds
 
 
-def start_event(parts: Parts) -> dict[str, Any]:
+def start_event(parts: Parts, nodes: Nodes) -> dict[str, Any]:
     """Say what this run is: model, silos, machine, and the plan."""
-    silos, recipe = parts.silos, parts.recipe
+    recipe, rows = parts.recipe, {name: shard.train for name, shard in parts.silos.shards.items()}
     return {
         "event": "start",
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -187,7 +196,7 @@ def start_event(parts: Parts) -> dict[str, Any]:
         "trained_parameters": parts.plan.parameters,
         "trainable": parts.trainable.name,
         "task": parts.task.name,
-        "runtime": f"cohort of {parts.width}" if parts.width > 1 else "local",
+        "runtime": runtime(parts),
         "device": parts.device.type,
         "dtype": str(parts.dtype).removeprefix("torch."),
         "machine": f"{torch.get_num_threads()} threads, {platform.system()} {platform.machine()}",
@@ -197,8 +206,8 @@ def start_event(parts: Parts) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "rounds": recipe.rounds,
-        "silos": {name: {"train": len(s.train), "test": len(s.test)} for name, s in silos.shards.items()},
-        "holds": who_holds_what({name: s.train for name, s in silos.shards.items()}, parts.task.label),
+        "silos": nodes.held,
+        "holds": who_holds_what(rows, parts.task.label) if all(rows.values()) else {},
         "plan": {
             "steps": [{"where": s.where, "name": s.name, "facts": facts_text(s.facts)} for s in parts.plan.steps],
             "parameters": parts.plan.parameters,

@@ -156,8 +156,9 @@ def accept(
     for key, value in reply.scalars.items():
         if not math.isfinite(value):
             raise Refused(f"its '{key}' is {value}")
-    update = reply.tensors
-    require_like(update, stages[-1])
+    require_like(reply.tensors, stages[-1])
+    # Sums over all tensors need one order, to the last bit; a wire has its own.
+    update: Tensors = {name: reply.tensors[name] for name in stages[-1]}
     for transform, like in zip(reversed(transforms), reversed(stages[:-1]), strict=True):
         update = transform.decode(update, like)
     if transforms:

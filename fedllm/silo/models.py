@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,20 @@ def model_folder(name: str) -> str:
 
         return str(smollm2_folder())
     return name
+
+
+def weights_sha256(name: str) -> str:
+    """Return one hash over a model's weight files: what two machines compare to know that they have the same base."""
+    folder = Path(model_folder(name))
+    if not folder.is_dir():
+        import huggingface_hub
+
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FedllmError(f"The model '{name}' has no safetensors weights in '{folder}'; convert it, then try again.")
+    each = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def load_tokenizer(name: str) -> Any:
