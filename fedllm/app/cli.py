@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from fedllm.app.federation_cli import federation
+from fedllm.app.site_cli import site
+from fedllm.app.terminal import Settings, err, fail, out, say
 from fedllm.core.errors import FedllmError, Interrupted
 
 if TYPE_CHECKING:
@@ -21,14 +23,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+app.add_typer(federation, name="federation")
+app.add_typer(site, name="site")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
-Settings = Annotated[
-    list[str],
-    typer.Option("--set", help="Put key.path=value over the recipe; may be repeated.", show_default=False),
-]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; by default runs/NAME.")]
 
 
@@ -159,11 +158,6 @@ def close(folder: Path) -> None:
     say(f"Talk:    fedllm chat {folder}")
 
 
-def say(text: str) -> None:
-    """Print a line as it is, not broken where a path would be cut."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def main() -> None:
     """Run the command line: an error that the user can mend is one sentence and exit code 2."""
     try:
@@ -176,10 +170,3 @@ def main() -> None:
     except OSError as error:
         where = f" ('{error.filename}')" if error.filename else ""
         fail(f"{error.strerror or error}{where}; what the run has written so far is kept.")
-
-
-def fail(sentence: str) -> NoReturn:
-    """Print what is wrong and end."""
-    # Brackets in a sentence are the user's or a recipe's, not colours.
-    err.print(Text.assemble(("Error:", "red"), " ", sentence), highlight=False, soft_wrap=True)
-    sys.exit(2)

@@ -71,7 +71,7 @@ class Federation(Closed):
     patience: float = Field(60, gt=0)
     """Seconds without any progress after which a site's work of a round is given up."""
     parallel: int = Field(8, gt=0)
-    """Sites that work at the same time."""
+    """Sites that send or fetch at the same time; all work at the same time."""
 
 
 class Recipe(Closed):

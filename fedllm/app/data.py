@@ -11,6 +11,8 @@ from fedllm.app.catalog import make
 from fedllm.app.config import Data, Recipe, SiloFiles
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Dataset
+from fedllm.silo.columns import renamed
+from fedllm.silo.database import read_query
 from fedllm.silo.docstrings import docstring_rows
 from fedllm.silo.sources import hold_out, read_rows
 from fedllm.silo.tasks import Task
@@ -66,9 +68,24 @@ def open_shards(recipe: Recipe) -> dict[str, Shard]:
 
 
 def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
-    """Read one silo's files."""
-    test = open_rows(files.test, root) if files.test else None
-    return split(name, open_rows(files.train, root), test, recipe.data, recipe.seed)
+    """Read one silo's text: its files or its database, under the recipe's names of columns."""
+    train = named_rows(name, files.train, files.query, files, root)
+    test_query = files.test_query if files.test or files.test_query else None
+    test = named_rows(name, files.test or files.train, test_query, files, root) if files.test or test_query else None
+    return split(name, train, test, recipe.data, recipe.seed)
+
+
+def named_rows(name: str, source: str, query: str | None, files: SiloFiles, root: Path) -> Rows:
+    """Read the rows of one of a silo's sources and give its columns the recipe's names."""
+    if "://" in source:
+        if not query:
+            raise FedllmError(f"silos.{name}: 'train' is a database's URL; add the 'query' to read from it.")
+        rows: Rows = read_query(source, query, root)
+    elif query:
+        raise FedllmError(f"silos.{name} has a 'query', but its source is no database's URL; drop one of them.")
+    else:
+        rows = open_rows(source, root)
+    return renamed(rows, files.columns, f"silos.{name}") if files.columns else rows
 
 
 def split(name: str, rows: Rows, test: Rows | None, data: Data, seed: int) -> Shard:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
 import json
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedllm.core.errors import FedllmError, nearest
+from fedllm.silo.readers import READERS, ending_of, first_line, read_file
 
 Row: TypeAlias = Mapping[str, Any]
 """One example as it was read: column -> value."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+DATABASE = re.compile(r"(sqlite|postgres(ql)?)(\+\w+)?:/")
 SPLIT_WORDS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
@@ -28,18 +25,20 @@ def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
 
     `split` picks among the splits of a dataset or, in a folder, among files that have it in their name.
     """
+    if DATABASE.match(str(source)):  # the address itself is not shown, since it may hold a password
+        raise FedllmError("A database is given where a file was expected; give a query beside its address.")
     path = Path(source).expanduser()
     try:
         if path.is_dir():
             rows = _from_folder(path, split)
         elif path.exists():
-            rows = _from_file(path)
-        elif HUB_ID.fullmatch(str(source)) and _ending(path) is None:
+            rows = read_file(path)
+        elif HUB_ID.fullmatch(str(source)) and ending_of(path) is None:
             rows = _from_hub(str(source), split)
         else:
             raise FedllmError(f"{source} does not exist; give the path of a file or folder, or a hub id 'org/name'.")
     except OSError as error:
-        raise FedllmError(f"{source} cannot be read ({_first_line(error)}); check the file and its rights.") from error
+        raise FedllmError(f"{source} cannot be read ({first_line(error)}); check the file and its rights.") from error
     if not rows:
         raise FedllmError(f"{source} has no rows; give a source with at least one, or leave this silo out.")
     return rows
@@ -80,18 +79,10 @@ def _place(row: Row, seed: int) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _from_file(path: Path) -> list[dict[str, Any]]:
-    ending = _ending(path)
-    if ending is None:
-        known = ", ".join(sorted(READERS))
-        raise FedllmError(f"{path} has an unknown ending; known are {known}, and .gz after all but .parquet.")
-    return READERS[ending](path)
-
-
 def _from_folder(folder: Path, split: str) -> list[dict[str, Any]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _from_disk(folder, split)
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and _ending(file) is not None)
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and ending_of(file) is not None)
     if not files:
         raise FedllmError(f"{folder} holds no file that can be read; known endings are {', '.join(sorted(READERS))}.")
     splits = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
@@ -101,7 +92,7 @@ def _from_folder(folder: Path, split: str) -> list[dict[str, Any]]:
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
         raise FedllmError(f"{folder} has no file named after the split {split!r} (it holds {names}); rename one.")
-    return [row for file in chosen for row in _from_file(file)]
+    return [row for file in chosen for row in read_file(file)]
 
 
 def _from_disk(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -110,7 +101,7 @@ def _from_disk(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever a broken Arrow file raises, the remedy is the same
-        raise FedllmError(f"{folder} is not a whole saved dataset ({_first_line(error)}); save it again.") from error
+        raise FedllmError(f"{folder} is not a whole saved dataset ({first_line(error)}); save it again.") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise FedllmError(f"{folder} has no split {split!r}; {nearest(split, found)}")
@@ -127,119 +118,6 @@ def _from_hub(name: str, split: str) -> list[dict[str, Any]]:
     except Exception as error:  # the hub's libraries raise many kinds; the user can do the same about each
         raise FedllmError(
             f"{name} is neither a file or folder here nor could its split {split!r} be read from the "
-            f"Hugging Face hub ({_first_line(error)}); check the name and the network, or give a local path."
+            f"Hugging Face hub ({first_line(error)}); check the name and the network, or give a local path."
         ) from error
     return [dict(row) for row in found]
-
-
-def _ending(path: Path) -> str | None:
-    name = path.name.lower()
-    plain = name.removesuffix(".gz")
-    ending = Path(plain).suffix
-    return ending if ending in READERS and not (ending == ".parquet" and plain != name) else None
-
-
-def _bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise FedllmError(f"{path} is not a whole gzip file ({error}); make or copy it again.") from error
-    return data.removeprefix(b"\xef\xbb\xbf")
-
-
-def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise FedllmError(f"{path}, line {line}: not UTF-8; save the file as UTF-8.") from error
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return list(_objects(_bytes(path), path))
-
-
-def _objects(data: bytes, path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(_decode(line, path, number))
-        except (ValueError, RecursionError) as error:
-            reason = _first_line(error)
-            raise FedllmError(f"{path}, line {number}: broken JSON ({reason}); mend or delete it.") from error
-        if not isinstance(row, dict):
-            raise FedllmError(f"{path}, line {number}: not a JSON object; write one {{...}} on each line.")
-        yield row
-
-
-def _json(path: Path) -> list[dict[str, Any]]:
-    data = _bytes(path)
-    if not data.lstrip().startswith(b"["):
-        return list(_objects(data, path))
-    try:
-        rows = json.loads(_decode(data, path))
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise FedllmError(f"{path}, line {line}: broken JSON ({_first_line(error)}); mend it.") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise FedllmError(f"{path}, item {number}: not a JSON object; make the list one of {{...}}.")
-    return list(rows)
-
-
-def _csv(path: Path) -> list[dict[str, Any]]:
-    text = _decode(_bytes(path), path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than the default 128 KiB
-    rows: list[dict[str, Any]] = []
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise FedllmError(f"{path}, line 1: a column name is there twice; rename one.")
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                raise FedllmError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields where the header has "
-                    f"{len(header)}; mend it, with quotes around fields that hold commas."
-                )
-            if fields:
-                rows.append(dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise FedllmError(f"{path}, line {reader.line_num}: broken CSV ({error}); mend it.") from error
-    finally:
-        csv.field_size_limit(limit)
-    return rows
-
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(str(path), partitioning=None).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FedllmError(f"{path} is not a whole Parquet file ({_first_line(error)}); make it again.") from error
-    return rows
-
-
-def _text(path: Path) -> list[dict[str, Any]]:
-    text = _decode(_bytes(path), path)
-    return [{"text": text}] if text.strip() else []
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line[:160].rstrip(". ")
-
-
-READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _text,
-}
-"""Ending -> reader."""

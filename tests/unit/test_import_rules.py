@@ -21,7 +21,8 @@ ALLOWED = {
     "runtime": {"runtime", "core"},
     "algorithms": {"algorithms", "core", "silo", "exchange"},
     "evaluation": {"evaluation", "core", "silo", "exchange"},
-    "app": {"app", "core", "silo", "exchange", "runtime", "algorithms", "evaluation", ""},
+    "federation": {"federation", "core", "runtime", ""},
+    "app": {"app", "core", "silo", "exchange", "runtime", "algorithms", "evaluation", "federation", ""},
 }
 """Folders of the package that a folder may import; the empty one is the package itself."""
 

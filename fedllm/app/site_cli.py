@@ -1,0 +1,169 @@
+"""`fedllm site ...`: what a site's administrator types."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.app.terminal import Settings, fail, out, say
+from fedllm.core.errors import FedllmError
+
+site = typer.Typer(help="A site of a federation: what it holds, what it allows, and its daemon.", no_args_is_help=True)
+
+SiteFile = Annotated[Path, typer.Argument(help="The site's file.")]
+HERE = Path("site.toml")
+WORKER = [sys.executable, "-m", "fedllm.app.worker"]
+
+
+@site.command()
+def request(
+    name: Annotated[str, typer.Argument(help="The name under which the consortium lists this site.")],
+    folder: Annotated[Path, typer.Option("--in", help="The site's folder.")] = Path(),
+) -> None:
+    """Make this site's key, which never leaves it, its site.toml, and a request to send to the server."""
+    from fedllm.app.site import TEMPLATE
+    from fedllm.federation.members import request as make_request
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sent = make_request(name, folder)
+    if not (folder / "site.toml").exists():
+        (folder / "site.toml").write_text(TEMPLATE.format(name=name), encoding="utf-8")
+    say(f"Send {sent} to whoever runs the server; put the {name}.approved that comes back into {folder}.")
+    say(f"What may happen here is yours to say in {folder / 'site.toml'}.")
+
+
+@site.command()
+def join(
+    approval: Annotated[Path, typer.Argument(help="The NAME.approved that came back.", show_default=False)],
+    folder: Annotated[Path | None, typer.Option("--in", help="The site's folder; by default where the file is.")] = None,
+) -> None:
+    """Check an approval and join the federation; `site start` does it by itself for one beside site.toml."""
+    from fedllm.federation.members import join as take
+
+    joined = take(approval, folder or approval.parent)
+    say(f"{joined.name} has joined {joined.consortium} at {joined.address}:{joined.port}.")
+    say(f"Ask for the root's fingerprint by another way and compare: {joined.fingerprint}")
+
+
+@site.command()
+def start(
+    file: SiteFile = HERE,
+    data: Annotated[str, typer.Option("--data", help="This site's text, in place of [data] train.")] = "",
+) -> None:
+    """Serve this site until it is stopped: text and model stay here, nothing listens to the outside."""
+    from fedllm.app.site import DATA, known, text_of
+    from fedllm.federation.desk import Desk
+    from fedllm.federation.policy import read_site
+    from fedllm.federation.site_daemon import start as serve
+    from fedllm.silo.models import weights_sha256
+
+    here = read_site(file, known())
+    approval = file.parent / f"{here.name}.approved"
+    if not (Path(here.kit) / "startup" / "client.crt").exists():
+        if not approval.exists():
+            raise FedllmError(f"{here.name} has joined no federation; put {approval.name} beside {file} first.")
+        join(approval, file.parent)
+    if data:
+        os.environ[DATA] = data if "://" in data or ":" in data else str(Path(data).expanduser().absolute())
+    text_of(here, file)
+    with Desk(here, WORKER, known(), weights_sha256, {"FEDLLM_SITE": str(file.absolute())}) as desk:
+        say(f"{here.name} is at work; Ctrl-C ends it.")
+        serve(here.name, Path(here.kit), Path(here.state), desk.answer)
+
+
+@site.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_default=False)],
+    file: SiteFile = HERE,
+    settings: Settings = [],  # noqa: B006
+    user: Annotated[str, typer.Option(help="Who would start it.")] = "",
+) -> None:
+    """Show what a recipe would do here and whether this site's rules let it; nothing runs."""
+    import fedllm
+    from fedllm.app.build import build
+    from fedllm.app.config import read_recipe
+    from fedllm.app.lead import asked_of_sites
+    from fedllm.app.plan_view import plan_lines
+    from fedllm.app.site import known, own_recipe
+    from fedllm.federation.policy import read_site
+    from fedllm.federation.rules import facts, refusals
+    from fedllm.silo.models import weights_sha256
+
+    here, read = read_site(file, known()), read_recipe(recipe, settings)
+    told = asked_of_sites(read)
+    asked = facts(told, ["averaging"], user, fedllm.__version__, weights_sha256(read.model))
+    found = list(refusals(here, asked, known(), weights_sha256))
+    say(f"recipe       sha256 {asked.recipe}")
+    for rule, sentence in found:
+        say(f"refused      {rule}: {sentence}")
+    if found:
+        raise FedllmError(f"{here.name} would refuse this recipe by {', '.join(rule for rule, _ in found)}.")
+    parts = build(own_recipe(told, file), weights=False)
+    for line in plan_lines(parts):
+        say(line)
+    counts = parts.silos.shards[here.name]
+    say(f"text here    {len(counts.train):,} rows to learn from, {len(counts.test):,} held out")
+    say(f"leaves here  updates of {parts.plan.parameters:,} values a round, and of numbers {', '.join(here.policy.metrics)}")
+    say(f"allowed      {here.name} would take part")
+
+
+@site.command()
+def audit(file: SiteFile = HERE) -> None:
+    """Verify the audit log and print it: what was asked, what left, when, how many bytes, under which rule."""
+    from rich.table import Table
+
+    from fedllm.app.site import known
+    from fedllm.federation.audit import COLUMNS, rows, verify
+    from fedllm.federation.policy import read_site
+
+    log = verify(Path(read_site(file, known()).state) / "audit.jsonl")
+    table = Table(*COLUMNS, "more", box=None, padding=(0, 1))
+    for row in rows(log.entries):
+        table.add_row(*row)
+    out.print(table)
+    say(f"{len(log.entries)} lines, each follows from the one before it: nothing was changed or taken out.")
+    if log.cut:
+        say(f"The last line was cut short by a crash ({log.cut} bytes); the next start mends it.")
+
+
+@site.command()
+def deploy(
+    file: SiteFile = HERE,
+    kind: Annotated[str, typer.Option(help="systemd, compose or helm.")] = "systemd",
+    to: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("deploy"),
+) -> None:
+    """Write what keeps this site's daemon running: a systemd unit, a Compose file or a Helm chart."""
+    from fedllm.app.site import known, text_of
+    from fedllm.federation.deploy import Daemon
+    from fedllm.federation.deploy import deploy as write
+    from fedllm.federation.policy import read_site
+
+    here = read_site(file, known())
+    Path(here.state).mkdir(parents=True, exist_ok=True)
+    files = [file.parent / each for each in read_paths(text_of(here, file).train, here.data.test)]
+    models = [file.parent / model.path for model in here.models.values() if model.path]
+    daemon = Daemon("site", here.name, file, Path(here.state), writes=[Path(here.kit)], reads=[*files, *models])
+    for path in write(daemon, kind, to):
+        say(f"Written: {path}")
+
+
+@site.command()
+def health(file: SiteFile = HERE) -> None:
+    """Say whether this site's daemon is alive: exit code 0, or 1 and the reason."""
+    from fedllm.app.site import known
+    from fedllm.federation.health import healthy
+    from fedllm.federation.policy import read_site
+
+    if reason := healthy(Path(read_site(file, known()).state)):
+        fail(reason, code=1)
+    say("alive")
+
+
+def read_paths(*sources: str | None) -> Sequence[str]:
+    """Return those sources that are files or folders."""
+    return [source for source in sources if source and ":" not in source]

@@ -1,0 +1,152 @@
+"""A site's worker: a resident process that holds the model and the site's text and does what is asked of it.
+
+It is told one JSON line a request on its input and answers with JSON lines on its output: progress,
+then `done` or `failed`. Replies are files. It outlives rounds and runs, so the model is loaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedllm.core.errors import FedllmError, Refused
+from fedllm.core.types import Reply, Request, Silo, Tensors
+
+PROGRESS_SECONDS = 0.25
+
+Say = Callable[[Mapping[str, Any]], None]
+
+
+class Held(NamedTuple):
+    """What the worker holds from one request to the next: a run's recipe and the parts made of it."""
+
+    recipe: str
+    parts: Any
+    name: str
+
+
+def main() -> None:
+    """Work until the input ends."""
+    # Whatever a library prints goes to the log; the answers have the real output to themselves.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(line: Mapping[str, Any]) -> None:
+        print(json.dumps(line), file=answers, flush=True)
+
+    held: Held | None = None
+    for line in sys.stdin:
+        try:
+            held = work(json.loads(line), held, say)
+            say({"done": True})
+        except (FedllmError, Refused) as error:
+            say({"failed": str(error)})
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            say({"failed": f"the site's worker failed ({type(error).__name__}); its log says where"})
+
+
+def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
+    """Do one request: read its files, work, write the reply and the memory."""
+    from fedllm.runtime.spool import load_message, save_message
+    from fedllm.runtime.store import replacing
+    from fedllm.runtime.wire import reply_head
+
+    recipe = Path(asked["run"], "recipe.json").read_text(encoding="utf-8")
+    if held is None or held.recipe != recipe:
+        held = Held(recipe, opened(json.loads(recipe)), asked["site"])
+    head = asked["head"]
+    tensors, _ = load_message(Path(asked["request"]))
+    request = Request(head["client"], head["round"], head["op"], tensors, head["scalars"])
+    memory = load_message(Path(asked["memory"]))[0] if asked["memory"] else {}
+    reply, kept = answer(held, request, memory, ticking(held.parts, request, say))
+    if kept and request.op == "train":
+        with replacing(Path(asked["reply"] + ".memory")) as beside:
+            save_message(beside, kept, {})
+    with replacing(Path(asked["reply"])) as beside:
+        save_message(beside, reply.tensors, reply_head(reply))
+    return held
+
+
+def opened(asked: Mapping[str, Any]) -> Any:
+    """Build a run's parts for this site: the recipe as it came, this site's own text, model folder and threads."""
+    from fedllm.app.build import build
+    from fedllm.app.site import own_recipe
+    from fedllm.silo.models import weights_sha256
+
+    recipe = own_recipe(asked["recipe"], Path(os.environ["FEDLLM_SITE"]))
+    ours = weights_sha256(recipe.model)
+    if asked["model_sha256"] and ours != asked["model_sha256"]:
+        raise FedllmError(
+            f"This site's weights of the base model ({ours[:12]}) are not those of the server "
+            f"({asked['model_sha256'][:12]}); get the same model on both sides."
+        )
+    return build(recipe)
+
+
+def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], None]) -> tuple[Reply, Tensors]:
+    """Do what the request asks, by its `op`."""
+    parts, name = held.parts, held.name
+    silo: Silo = parts.open_silo(tick)(name)._replace(memory=memory)
+    if request.op == "open":
+        counts = {part: float(len(silo.data[part])) for part in ("train", "test")}
+        skipped = {"skipped": float(parts.silos.skipped[name])}
+        return Reply(name, request.round, {}, 1.0, counts | skipped), {}
+    if request.op == "train":
+        return parts.algorithm.client(request, silo)
+    if request.op == "evaluate":
+        return parts.evaluator(request, silo)
+    if request.op == "alone":
+        return alone(parts, request, silo)
+    raise FedllmError(f"The server asks for '{request.op}', which this version of fedllm does not know; update it.")
+
+
+def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
+    """Train alone for as many steps as in so many rounds, and look at the own held-out text; no tensors leave."""
+    from fedllm.core.tensors import subtract
+
+    steps = int(request.scalars["rounds"]) * parts.work().steps(silo.data)
+    learned, _ = parts.work(steps=steps, epochs=None).client(request, silo)
+    asked = Request(request.client, 0, "evaluate", subtract(request.tensors, learned.tensors), {"base": 0.0})
+    reply, _ = parts.evaluator(asked, silo)
+    return reply._replace(round=request.round, tensors={}), {}
+
+
+def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
+    """Return what hears of every step and says, not too often, how far the work is."""
+    begun = told = time.perf_counter()
+    step, tokens = 0, 0
+    data = parts.silos.examples(parts.silos.names[0])
+    per_round = parts.work().steps(data)
+    steps = {"train": per_round, "alone": per_round * int(request.scalars.get("rounds", 1))}.get(request.op, 0)
+
+    def tick(count: int) -> None:
+        nonlocal told, step, tokens
+        step, tokens, now = step + 1, tokens + count, time.perf_counter()
+        if now - told >= PROGRESS_SECONDS or step == steps:
+            told = now
+            say(
+                {
+                    "progress": {
+                        "round": request.round,
+                        "op": request.op,
+                        "step": step,
+                        "steps": steps,
+                        "tokens": tokens,
+                        "seconds": round(now - begun, 3),
+                    }
+                }
+            )
+
+    return tick
+
+
+if __name__ == "__main__":
+    main()

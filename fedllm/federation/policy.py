@@ -1,0 +1,147 @@
+"""What a site's administrator writes in `site.toml`: where the text is, and what may be done with it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedllm.core.errors import FedllmError, nearest
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+"""What a run or a site may be called: names become names of files."""
+
+SHA256 = r"[0-9a-f]{64}"
+
+METRICS = ("train_loss", "loss", "accuracy", "tokens", "scored", "train", "test", "skipped")
+"""Scalars that may leave a site that says nothing about them: means and counts over its text."""
+
+Known = Mapping[str, Collection[str]]
+"""What recipes can name: kind -> names, as in the catalogue."""
+
+Names = tuple[str, ...] | None
+Hash = Annotated[str, Field(pattern=f"^{SHA256}$")]
+
+
+class Closed(BaseModel):
+    """A table whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteData(Closed):
+    """How this site's text is read."""
+
+    train: str | None = None
+    """A file, a folder, or the URL of a database."""
+    test: str | None = None
+    query: str | None = None
+    columns: dict[str, str] = {}
+    """The recipe's name of a column -> its name here."""
+
+
+class Base(Closed):
+    """A base model that this site allows."""
+
+    path: str | None = None
+    sha256: Hash | None = None
+
+
+class Policy(Closed):
+    """What the site allows; a key that is not there sets no limit, unless said."""
+
+    recipes: tuple[Hash, ...] | None = None
+    """Recipes by hash; without it any recipe that the other rules allow."""
+    users: Names = None
+    algorithms: Names = None
+    trainables: Names = None
+    tasks: Names = None
+    clients: Names = None
+    selects: Names = None
+    aggregates: Names = None
+    optimisers: Names = None
+    transforms: Names = None
+    rounds_a_run: int | None = Field(None, ge=0)
+    rounds_a_day: int | None = Field(None, ge=0)
+    """Rounds of training that may begin within 24 hours."""
+    tokens_a_day: int | None = Field(None, ge=0)
+    """Tokens read for training and scoring within 24 hours after which nothing new begins."""
+    clip: float | None = Field(None, gt=0)
+    """The largest L2 norm of an update that may leave."""
+    epsilon: float | None = Field(None, gt=0)
+    secure_aggregation: bool = False
+    metrics: tuple[str, ...] = METRICS
+    """Scalars that may leave; others are taken out of replies. How much text stands behind a reply always leaves."""
+    max_message_mb: float = Field(2000, gt=0)
+
+
+class Site(Closed):
+    """A site: `site.toml`, its paths made absolute."""
+
+    name: str = Field(pattern=f"^{NAME}$")
+    state: str = "state"
+    """Folder for what the site keeps of its runs."""
+    kit: str = "kit"
+    """Folder with the site's key and certificates."""
+    threads: int | None = Field(None, gt=0)
+    data: SiteData = SiteData()
+    models: dict[str, Base] = {}
+    """The base models that are allowed, by their name in recipes; without any, all are."""
+    policy: Policy = Policy()
+
+
+KINDS = {
+    "tasks": "task",
+    "trainables": "trainable",
+    "clients": "client",
+    "selects": "select",
+    "aggregates": "aggregate",
+    "optimisers": "optimiser",
+    "transforms": "transforms",
+}
+"""Rules that list names -> where recipes and the catalogue have those names."""
+
+OWNERS: dict[str, type[Closed]] = {"data": SiteData, "models": Base, "policy": Policy}
+"""The tables of a site's file."""
+
+
+def read_site(path: Path, known: Known) -> Site:
+    """Read a site's file; relative folders start from where it lies.
+
+    Raises:
+        FedllmError: for what is not TOML, a key that is not known, or a name that no recipe can have.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedllmError(f"There is no site file '{path}'; `fedllm site request` makes one.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise FedllmError(f"The site file '{path}' is not TOML: {error}.") from error
+    try:
+        site = Site.model_validate(table)
+    except ValidationError as error:
+        raise FedllmError(f"{path}: {first_problem(error)}") from error
+    for rule, kind in KINDS.items():
+        for name in getattr(site.policy, rule) or ():
+            if name not in known[kind]:
+                raise FedllmError(f"{path}: policy.{rule} has '{name}'; {nearest(name, known[kind])}")
+    folder = path.absolute().parent
+    return site.model_copy(update={"state": str(folder / site.state), "kit": str(folder / site.kit)})
+
+
+def first_problem(error: ValidationError) -> str:
+    """Say in one sentence what is wrong with a site's file, and the nearest known key for an unknown one."""
+    # A misspelled key is said before the key that is missing for it.
+    problem: Any = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    keys = [str(key) for key in problem["loc"]]
+    path = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        owner = OWNERS[keys[0]] if len(keys) > 1 else Site
+        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.__pydantic_fields__)}"
+    if problem["type"] == "missing":
+        return f"'{path}' is missing; add it."
+    message = problem["msg"]
+    return f"'{path}' is {problem['input']!r}; {message[0].lower()}{message[1:]}."

@@ -1,0 +1,45 @@
+"""The server's daemon: FLARE's server process with fedllm's hub in it, kept alive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedllm.core.errors import FedllmError
+from fedllm.federation import kits
+from fedllm.federation.health import beat
+from fedllm.federation.keep import keep, until_told
+from fedllm.federation.members import of
+
+MODULE = "nvflare.private.fed.app.server.server_train"
+
+
+def serve(folder: Path, loop: str = "") -> None:
+    """Serve a federation until SIGTERM; runs that are wanted go on whenever their sites are there.
+
+    Args:
+        folder: what `init` made.
+        loop: `module:function` that a run's job calls in place of `fedllm.federation.lead:lead`.
+    """
+    needs_flare()
+    folder = folder.absolute()
+    consortium = of(folder)
+    try:
+        with FileLock(folder / "server.lock", timeout=0), until_told() as stop:
+            # Written anew, so that the folder may have moved and sites may have been added.
+            kits.server_kit(folder, consortium)
+            env = {"FEDLLM_FOLDER": str(folder)} | ({"FEDLLM_LOOP": loop} if loop else {})
+            command = [MODULE, "-m", str(folder / "server"), "-s", "fed_server.json", "--set"]
+            command += ["secure_train=true", "org=fedllm", "config_folder=config"]
+            keep(command, env, folder / "server" / "output.log", stop, lambda: beat(folder))
+    except Timeout:
+        raise FedllmError(f"A server works in '{folder}' already; stop it first.") from None
+
+
+def needs_flare() -> None:
+    """Say what to install when the engine is not there."""
+    from importlib.util import find_spec
+
+    if find_spec("nvflare") is None:
+        raise FedllmError("NVIDIA FLARE is not installed; `pip install 'fedllm[federation]'` brings it.")

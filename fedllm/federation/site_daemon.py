@@ -1,0 +1,80 @@
+"""The site's daemon: its desk behind a Unix socket, and FLARE's client process kept alive beside it.
+
+Job processes of FLARE come and go and pass bytes to the socket; the desk and what it holds stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+from fedllm.core.errors import FedllmError
+from fedllm.federation import kits
+from fedllm.federation.health import beat
+from fedllm.federation.keep import keep, until_told
+from fedllm.federation.serve import needs_flare
+
+MODULE = "nvflare.private.fed.app.client.client_train"
+
+LARGEST_MESSAGE = 32 << 20
+"""Bytes that a message to the desk may have; the largest chunk is half of that."""
+
+
+def start(name: str, kit: Path, state: Path, answer: Callable[[bytes], bytes]) -> None:
+    """Connect a site to its server and answer what comes, until SIGTERM.
+
+    Args:
+        name: the site's name.
+        kit: what `join` made.
+        state: where the daemon writes its heartbeat and what FLARE prints.
+        answer: the desk; called from many threads.
+    """
+    needs_flare()
+    kit, state = kit.absolute(), state.absolute()
+    if not (kit / "startup" / "fed_client.json").exists():
+        raise FedllmError(f"'{kit}' has no approval yet; `fedllm site join {name}.approved` puts it there.")
+    state.mkdir(parents=True, exist_ok=True)
+    with until_told() as stop, listening(answer) as socket:
+        command = [MODULE, "-m", str(kit), "-s", "fed_client.json", "--set"]
+        command += ["secure_train=true", f"uid={name}", "org=fedllm", "config_folder=config"]
+        command += [f"heart_beat_interval={kits.HEARTBEAT}"]
+        keep(command, {"FEDLLM_DESK": socket}, state / "output.log", stop, lambda: beat(state))
+
+
+@contextmanager
+def listening(answer: Callable[[bytes], bytes]) -> Iterator[str]:
+    """Yield the path of a Unix socket that only this user can reach, behind which `answer` answers."""
+    # A socket's path has 107 characters at most, and a state folder's may be longer.
+    folder = tempfile.mkdtemp(prefix="fedllm-", dir=os.environ.get("XDG_RUNTIME_DIR"))
+    path = f"{folder}/desk"
+    listener = Listener(path, "AF_UNIX", backlog=64)
+    threading.Thread(target=accept, args=(listener, answer), daemon=True).start()
+    try:
+        yield path
+    finally:
+        listener.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def accept(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
+    """Give every connection a thread, until the listener is closed."""
+    while True:
+        try:
+            connection = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=converse, args=(connection, answer), daemon=True).start()
+
+
+def converse(connection: Connection, answer: Callable[[bytes], bytes]) -> None:
+    """Answer one peer until it goes; bytes go in and out, nothing is ever unpickled."""
+    with connection, contextlib.suppress(OSError, EOFError):
+        while True:
+            connection.send_bytes(answer(connection.recv_bytes(LARGEST_MESSAGE)))

@@ -1,0 +1,230 @@
+"""NVIDIA FLARE as an engine: what runs in its job processes, and the job that starts them.
+
+A job carries no code and names only the run. At the server it is `Lead`, which makes a `Line` of the
+engine's proxies and calls the run's loop. At a site it is `Relay`, which passes bytes to the site's
+desk over a Unix socket and never looks into them. Both learn from their own machine's environment
+where things are, never from the job.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from nvflare.collab import CollabCallError, collab
+from nvflare.collab.api.exceptions import RunAborted
+
+from fedllm.core.errors import FedllmError, Refused
+from fedllm.runtime.line import Aborted, Head, Line, Unreachable, decode, encode
+
+FOLDER, LOOP, DESK = "FEDLLM_FOLDER", "FEDLLM_LOOP", "FEDLLM_DESK"
+"""The environment: the federation's folder and the run's loop at the server, the desk's socket at a site."""
+
+USUAL_LOOP = "fedllm.federation.lead:lead"
+STOP_SECONDS = 5.0
+
+
+class Lead:
+    """The server's side of a run: calls `loop(folder, line, expected)` and writes down how it ended."""
+
+    def __init__(self, run: str, attempt: str) -> None:
+        only_bytes()
+        self.run, self.attempt = run, attempt
+
+    @collab.main
+    def main(self) -> None:
+        """Run the loop; FLARE calls this once per job."""
+        folder = Path(os.environ[FOLDER]) / "runs" / self.run
+        context = collab.context
+        # An attempt that dies slowly must not work beside the next one.
+        with FileLock(folder / "attempt.lock", timeout=30):
+            wish = Wish(folder)
+            line = line_over({proxy.name: proxy for proxy in context.clients}, context.is_aborted, wish)
+            threading.Thread(target=wish.watch, args=(self.run, line), daemon=True).start()
+            end = ended(os.environ.get(LOOP, USUAL_LOOP), folder, line, wish)
+            wish.over.set()
+            from fedllm.runtime.store import write_text
+
+            write_text(folder / "ended.json", json.dumps({"attempt": self.attempt, **end}))
+
+
+class Relay:
+    """A site's side: bytes from the server to the desk and back."""
+
+    def __init__(self) -> None:
+        only_bytes()
+        self.path = os.environ.get(DESK, "")
+        self.free: queue.LifoQueue[Connection] = queue.LifoQueue()
+
+    @collab.publish
+    def answer(self, data: bytes) -> bytes:
+        """Return the desk's answer, or an error that says that there is no desk."""
+        # Collab lets any party of a job call any other; a site is nobody's server.
+        if collab.caller != "server" or not isinstance(data, bytes | bytearray):
+            return encode({"error": "Only the server may ask a site.", "rule": "caller"})
+        try:
+            return self.ask(bytes(data))
+        except (OSError, EOFError) as error:
+            return encode({"error": f"The site's daemon does not answer ({type(error).__name__}).", "rule": ""})
+
+    def ask(self, data: bytes) -> bytes:
+        """Ask over a connection that is free, or over a new one."""
+        with suppress(queue.Empty, OSError, EOFError):
+            return self.over(self.free.get_nowait(), data)
+        # The daemon may have been started anew since; what it answers is the same whoever asks twice.
+        return self.over(Client(self.path, "AF_UNIX"), data)
+
+    def over(self, connection: Connection, data: bytes) -> bytes:
+        """Ask over this connection, and keep it if it still works."""
+        try:
+            connection.send_bytes(data)
+            answer = connection.recv_bytes()
+        except BaseException:
+            connection.close()
+            raise
+        self.free.put(connection)
+        return answer
+
+
+def only_bytes() -> None:
+    """Keep FLARE from loading its tensors' decoder, and torch with it, into a process that passes bytes."""
+    sys.modules.setdefault("nvflare.app_opt.pt.decomposers", None)  # type: ignore[arg-type]
+
+
+class Wish:
+    """What the user wants of a run that is at work: `run.json` says so and may change at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.json"
+        self.stopped, self.over = threading.Event(), threading.Event()
+
+    def sites(self) -> Sequence[str]:
+        """Return the sites that are expected to take part."""
+        return [str(name) for name in json.loads(self.path.read_text(encoding="utf-8")).get("sites", [])]
+
+    def watch(self, run: str, line: Line) -> None:
+        """Wait until the run is to be stopped; then really stop the work at the sites, and the loop."""
+        while not self.over.wait(0.5):
+            with suppress(OSError, ValueError):
+                if json.loads(self.path.read_text(encoding="utf-8"))["wanted"] == "stop":
+                    break
+        else:
+            return
+        asks = [threading.Thread(target=stop_at, args=(line, site, run), daemon=True) for site in line.sites()]
+        for ask in asks:
+            ask.start()
+        until = time.monotonic() + STOP_SECONDS
+        for ask in asks:
+            ask.join(max(0.0, until - time.monotonic()))
+        self.stopped.set()
+
+
+def stop_at(line: Line, site: str, run: str) -> None:
+    """Tell one site to stop; one that cannot be reached has nothing to be told."""
+    with suppress(Unreachable, Aborted):
+        line.call(site, {"do": "stop", "run": run}, b"", STOP_SECONDS)
+
+
+def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], wish: Wish) -> Line:
+    """Return a `Line` over Collab's proxies, one by site."""
+
+    def check() -> None:
+        if wish.stopped.is_set():
+            raise Aborted("The run was stopped.")
+        if aborted():
+            raise Aborted("The engine ended this attempt; the next one goes on from the last round.")
+
+    def call(site: str, head: Head, body: bytes, seconds: float) -> tuple[Head, bytes]:
+        check()
+        if site not in proxies:
+            raise Unreachable(f"{site} is not connected")
+        try:
+            answer = proxies[site](timeout=seconds).answer(encode(head, body))
+        except (RunAborted, CollabCallError, RuntimeError) as error:
+            # An abort first looks like a timeout, so the signal is asked whatever was raised.
+            if isinstance(error, RunAborted):
+                raise Aborted("The engine ended this attempt; the next one goes on from the last round.") from error
+            check()
+            raise Unreachable(f"{site} does not answer ({error})") from error
+        check()
+        if not isinstance(answer, bytes | bytearray):
+            raise Unreachable(f"{site} answers with something that is not bytes")
+        try:
+            return decode(bytes(answer))
+        except Refused as error:
+            raise Unreachable(f"{site} answers with something that is not a message ({error})") from error
+
+    return Line(call, lambda: list(proxies))
+
+
+def ended(loop: str, folder: Path, line: Line, wish: Wish) -> dict[str, str]:
+    """Run the loop and say how it ended: done, stopped, failed (the user must mend it), aborted or crashed."""
+    try:
+        load(loop)(folder, line, wish.sites())
+        return {"state": "done", "reason": ""}
+    except Aborted as error:
+        return {"state": "stopped" if wish.stopped.is_set() else "aborted", "reason": str(error)}
+    except FedllmError as error:
+        return {"state": "failed", "reason": str(error)}
+    except Exception as error:  # a crash is written down for the supervisor, which tries again
+        import traceback
+
+        traceback.print_exc()
+        return {"state": "crashed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def load(name: str) -> Callable[..., None]:
+    """Return the function that `module:function` names."""
+    module, _, function = name.partition(":")
+    loop: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return loop
+
+
+def job(run: str, attempt: str, sites: Sequence[str]) -> tuple[dict[str, Any], bytes]:
+    """Return a job's meta and its zipped folder: configuration only, one app for the server and one for the sites."""
+    meta: dict[str, Any] = {
+        "name": run,
+        "job_folder_name": "job",
+        "resource_spec": {},
+        "min_clients": 1,
+        "deploy_map": {"lead": ["server"], "relay": list(sites)},
+    }
+    collab_parts = "nvflare.collab.runtime"
+    lead = {
+        "format_version": 2,
+        "workflows": [
+            {
+                "id": "controller",
+                "path": f"{collab_parts}.controller.CollabController",
+                "args": {"server_obj_id": "fedllm_lead", "sync_task_timeout": 60},
+            }
+        ],
+        "components": [
+            {"id": "fedllm_lead", "path": "fedllm.runtime.flare.Lead", "args": {"run": run, "attempt": attempt}}
+        ],
+    }
+    executor = {"path": f"{collab_parts}.executor.CollabExecutor", "args": {"client_obj_id": "fedllm_relay"}}
+    relay = {
+        "format_version": 2,
+        "executors": [{"tasks": ["*"], "executor": executor}],
+        "components": [{"id": "fedllm_relay", "path": "fedllm.runtime.flare.Relay", "args": {}}],
+    }
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as folder:
+        folder.writestr("job/meta.json", json.dumps(meta))
+        folder.writestr("job/lead/config/config_fed_server.json", json.dumps(lead))
+        folder.writestr("job/relay/config/config_fed_client.json", json.dumps(relay))
+    return meta, packed.getvalue()
