@@ -124,7 +124,13 @@ def keep(folder: Path, request: Request, name: str, reply: Path) -> Done:
         move(reply, done.path)
         if done.memory:
             move(memory, beside(stem, ".memory"))
-    write(beside(stem, ".request"), canonical({key: value for key, value in done._asdict().items() if key != "stem"}))
+    said = {key: value for key, value in done._asdict().items() if key != "stem"}
+    try:
+        write(beside(stem, ".request"), canonical(said))
+    except FedllmError:
+        done.path.unlink()
+        beside(stem, ".memory").unlink(missing_ok=True)
+        raise
     drop_old(folder)
     return done
 

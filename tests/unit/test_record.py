@@ -50,7 +50,7 @@ def test_work_is_found_by_its_request_by_its_reply_and_by_its_round(tmp_path):
 def test_memory_is_that_of_the_last_training_before(tmp_path):
     done(tmp_path, 1)
     done(tmp_path, 3)
-    done(tmp_path, 4, "evaluate")
+    done(tmp_path, 4, "evaluate", memory=b"")
     assert memory_before(tmp_path, 0) is None and memory_before(tmp_path, 1) is None
     assert memory_before(tmp_path, 2).read_bytes() == memory_before(tmp_path, 3).read_bytes() == b"memory1"
     assert memory_before(tmp_path, 9).read_bytes() == b"memory3"
@@ -99,12 +99,12 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_recorded(tmp_path):
         "(folder / '.working').write_bytes(b'reply')\nsmall(100)\n"
         "try:\n    keep(folder, Request('a', 1, 'train', {}), '0' * 64, folder / '.working')\n"
         "except FedllmError as error:\n    print(error)\n"
-        "print(trained(folder, 1), [path.name for path in folder.glob('.*')])"
+        "print(trained(folder, 1), [path.name for path in folder.iterdir()])"
     )
     made = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     sentence, left = made.stdout.splitlines()
     assert "The site cannot write 'train-000001.request' (File too large); make room at the site" in sentence
-    assert left == "None []"
+    assert left == "None []" and list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_only_a_few_files_wait_and_what_is_worked_on_stays(spool, tmp_path):
 
 
 def test_a_file_that_cannot_fit_is_refused_before_its_first_byte(spool, tmp_path):
-    with pytest.raises(FedllmError, match="no room for a message of .* MB; make room at the site"):
+    with pytest.raises(FedllmError, match=r"no room for a message of .* MB; make room at the site"):
         spool.put(key_of(b""), 0, 1 << 60, b"x")
     assert list((tmp_path / "spool").iterdir()) == []
 
