@@ -21,8 +21,8 @@ METRICS = ("train_loss", "tokens", "pid", "memory")
 PAYLOAD = bytes(range(256)) * 40
 
 
-def site_in(folder, models=None, **policy):
-    return Site(name="a", state=str(folder / "state"), models=models or {}, policy={"metrics": METRICS, **policy})
+def site_in(folder, models=None, name="a", **policy):
+    return Site(name=name, state=str(folder / "state"), models=models or {}, policy={"metrics": METRICS, **policy})
 
 
 def desk_in(folder, **policy):

@@ -3,107 +3,28 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe, read_toml
-from fedllm.app.progress import Ui
+from fedllm.app.live import Lines, Live
 from fedllm.app.run import go
 from fedllm.app.scores import check_files
 from fedllm.app.stages import Nodes
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request
-from fedllm.runtime.line import Aborted, Line, Unreachable
+from fedllm.runtime.line import Line, Unreachable
 from fedllm.runtime.remote import remote
-from fedllm.runtime.store import append_event, locked, read_events, trim_events, write_text
+from fedllm.runtime.store import append_event, locked, read_events, trim_events
 from fedllm.runtime.wire import message_bytes
 from fedllm.silo.models import weights_sha256
 
 ANSWER_BYTES = 1 << 16
 """The most that a reply without tensors takes, and the head of one with them."""
-
-SAID = 200
-"""Lines of a run that are kept for whoever looks."""
-
-
-class Live:
-    """What can be seen of a run while it goes on: `live.json`, written at most once a second and at every turn."""
-
-    def __init__(self, folder: Path, rounds: int) -> None:
-        self.folder = folder
-        self.said: list[str] = []
-        self._told: dict[str, Any] = {"state": "asking", "round": 0, "rounds": rounds, "sites": {}}
-        self._lock, self._written, self._over = threading.Lock(), 0.0, threading.Event()
-        self._beat = threading.Thread(target=self._beats, daemon=True)
-
-    def __enter__(self) -> Live:
-        self._write()
-        self._beat.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._over.set()
-        # What the engine ended goes on in another job; only the run's own faults are its end.
-        if isinstance(error, FedllmError) and not isinstance(error, Aborted):
-            self.say(str(error))
-            self.turn(state="failed")
-        elif error is None:
-            self.turn(state="done")
-
-    def turn(self, **changes: Any) -> None:
-        """Note that the run has come to another state or round."""
-        with self._lock:
-            self._told |= changes
-        self._write()
-
-    def site(self, name: str, told: Mapping[str, Any]) -> None:
-        """Note what a site is at."""
-        with self._lock:
-            sites = self._told["sites"]
-            sites[name] = {**sites.get(name, {}), **told}
-        if time.monotonic() - self._written > 1:
-            self._write()
-
-    def say(self, text: str) -> None:
-        """Keep a line for those who look, and in the run's log."""
-        with self._lock:
-            self.said = [*self.said, text][-SAID:]
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
-        self._write()
-
-    def _beats(self) -> None:
-        while not self._over.wait(2):
-            self._write()
-
-    def _write(self) -> None:
-        with self._lock:
-            self._written = time.monotonic()
-            write_text(self.folder / "live.json", json.dumps({**self._told, "says": self.said[-8:]}))
-
-
-class Lines(Ui):
-    """The progress of a run whose terminal is elsewhere: its lines go to `live.json` and the log."""
-
-    def __init__(self, live: Live) -> None:
-        super().__init__(Console(quiet=True))
-        self.live = live
-
-    def say(self, text: str) -> None:
-        """Keep the line."""
-        self.live.say(text)
-
-    def whole(self, what: str, total: int, done: int = 0) -> None:
-        """Note the round."""
-        if what == "rounds":
-            self.live.turn(state="running", round=done, rounds=total)
 
 
 def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
@@ -132,6 +53,18 @@ def asked_of_sites(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_none=True, exclude={"silos", "partition", "federation"})
 
 
+def question(recipe: Recipe, run: str, user: str) -> dict[str, Any]:
+    """Return all that a site is told of a run before it takes part."""
+    return {
+        "run": run,
+        "recipe": asked_of_sites(recipe),
+        "algorithm": ["averaging"],
+        "fedllm": fedllm.__version__,
+        "model_sha256": weights_sha256(recipe.model),
+        "user": user,
+    }
+
+
 def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str], live: Live) -> list[str]:
     """Ask every site whether it takes part; return those that did not refuse, the same ones after a restart.
 
@@ -139,18 +72,11 @@ def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str
     """
     before = [event for event in read_events(folder) if event["event"] == "asked"]
     names = list(before[0]["sites"]) if before else list(expected)
-    question = {
-        "do": "ask",
-        "run": folder.name,
-        "recipe": asked_of_sites(recipe),
-        "algorithm": ["averaging"],
-        "fedllm": fedllm.__version__,
-        "model_sha256": weights_sha256(recipe.model),
-        "user": json.loads((folder / "run.json").read_text(encoding="utf-8"))["user"],
-    }
+    user = json.loads((folder / "run.json").read_text(encoding="utf-8"))["user"]
+    asking = {"do": "ask", **question(recipe, folder.name, user)}
     answers: dict[str, dict[str, Any]] = {}
     for name in names:
-        answers[name] = ask(line, name, question, recipe.federation.patience)
+        answers[name] = ask(line, name, asking, recipe.federation.patience)
         if "error" in answers[name]:
             live.say(f"{name} refuses ({answers[name].get('rule') or 'no rule'}): {answers[name]['error']}")
         live.site(name, {"state": "refused" if "error" in answers[name] else "in"})
@@ -168,12 +94,12 @@ def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str
     return names
 
 
-def ask(line: Line, name: str, question: dict[str, Any], patience: float) -> dict[str, Any]:
+def ask(line: Line, name: str, asking: dict[str, Any], patience: float) -> dict[str, Any]:
     """Ask one site, for as long as there is patience with it."""
     since = time.monotonic()
     while True:
         try:
-            return line.call(name, question, b"", 10)[0]
+            return line.call(name, asking, b"", 10)[0]
         except Unreachable:
             if time.monotonic() - since > patience:
                 return {}
@@ -183,7 +109,8 @@ def ask(line: Line, name: str, question: dict[str, Any], patience: float) -> dic
 def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
     """Return the nodes of a run whose sites are at the other end of the line, once they have opened their text."""
     recipe, why = parts.recipe, dict[str, str]()
-    update = message_bytes(parts.algorithm.wire(parts.params), {}) + ANSWER_BYTES
+    wire = parts.algorithm.wire(parts.params)
+    update = message_bytes(wire, {"names": list(wire)}) + ANSWER_BYTES
 
     def note(name: str, sentence: str) -> None:
         why[name] = sentence

@@ -40,7 +40,9 @@ def request(
 @site.command()
 def join(
     approval: Annotated[Path, typer.Argument(help="The NAME.approved that came back.", show_default=False)],
-    folder: Annotated[Path | None, typer.Option("--in", help="The site's folder; by default where the file is.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--in", help="The site's folder; by default where the file is.")
+    ] = None,
 ) -> None:
     """Check an approval and join the federation; `site start` does it by itself for one beside site.toml."""
     from fedllm.federation.members import join as take
@@ -84,10 +86,9 @@ def check(
     user: Annotated[str, typer.Option(help="Who would start it.")] = "",
 ) -> None:
     """Show what a recipe would do here and whether this site's rules let it; nothing runs."""
-    import fedllm
     from fedllm.app.build import build
     from fedllm.app.config import read_recipe
-    from fedllm.app.lead import asked_of_sites
+    from fedllm.app.lead import asked_of_sites, question
     from fedllm.app.plan_view import plan_lines
     from fedllm.app.site import known, own_recipe
     from fedllm.federation.policy import read_site
@@ -96,7 +97,7 @@ def check(
 
     here, read = read_site(file, known()), read_recipe(recipe, settings)
     told = asked_of_sites(read)
-    asked = facts(told, ["averaging"], user, fedllm.__version__, weights_sha256(read.model))
+    asked = facts(question(read, "check", user))
     found = list(refusals(here, asked, known(), weights_sha256))
     say(f"recipe       sha256 {asked.recipe}")
     for rule, sentence in found:
@@ -108,7 +109,7 @@ def check(
         say(line)
     counts = parts.silos.shards[here.name]
     say(f"text here    {len(counts.train):,} rows to learn from, {len(counts.test):,} held out")
-    say(f"leaves here  updates of {parts.plan.parameters:,} values a round, and of numbers {', '.join(here.policy.metrics)}")
+    say(f"leaves here  updates of {parts.plan.parameters:,} values; numbers: {', '.join(here.policy.metrics)}")
     say(f"allowed      {here.name} would take part")
 
 

@@ -91,6 +91,8 @@ def averaging(
             looks = [probe.add(look, update, reply.weight) for probe, look in zip(probes, looks, strict=True)]
             weight += reply.weight
             report |= {f"{key}.{reply.client}": value for key, value in reply.scalars.items()}
+            # The next reply is on its way: of two large ones only one should be in memory.
+            del reply, update
 
         answered = len(asked) - len(waiting)
         for name in sorted(waiting - {key.removeprefix("dropped.") for key in report}):

@@ -47,6 +47,12 @@ def norm(tensors: Tensors) -> Tensor:
     return whole
 
 
+def own_norm(value: Tensor) -> Tensor:
+    """Return the L2 norm of one tensor as float32: infinite where it is too large for that."""
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+    return norm.float()
+
+
 def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
     """Return the tensors with `prefix/` before every name.
 
@@ -63,7 +69,7 @@ def below(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def require_like(tensors: Tensors, like: Tensors) -> None:
-    """Raise `Refused` unless names, shapes and dtypes are those of `like` and every number is finite."""
+    """Raise `Refused` unless names, shapes and dtypes are those of `like`, and every number and norm is finite."""
     if tensors.keys() != like.keys():
         missing, extra = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
         raise Refused(f"wrong names: {len(missing)} missing {missing[:2]}, {len(extra)} unknown {extra[:2]}")
@@ -74,9 +80,11 @@ def require_like(tensors: Tensors, like: Tensors) -> None:
         if value.dtype != expected.dtype:
             raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
-    # A sum is the quickest look: it is not finite if any value is not, and hardly ever otherwise.
-    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
-    if sums and not bool(torch.stack(sums).isfinite().all()):
+    # One look at the norms finds every value that is not finite, and those so large that nothing can be reckoned with.
+    norms = [own_norm(value) for value in floats.values()]
+    if norms and not bool(torch.stack(norms).isfinite().all()):
         for name, value in floats.items():
             if not bool(value.isfinite().all()):
                 raise Refused(f"'{name}' is not finite")
+            if not bool(own_norm(value).isfinite()):
+                raise Refused(f"'{name}' has values up to {float(value.abs().max()):.0e}, too large to add up")

@@ -119,9 +119,7 @@ def waiting(attempt: Attempt, seen: Seen) -> tuple[Attempt, str]:
         return attempt, ""
     if patient or len(seen.missing) == len(seen.wanted_sites):
         return attempt._replace(reason=f"waiting for {', '.join(seen.missing)}"), ""
-    begun = attempt._replace(
-        state="starting", reason="", number=attempt.number + 1, since=seen.now, round=seen.round
-    )
+    begun = attempt._replace(state="starting", reason="", number=attempt.number + 1, since=seen.now, round=seen.round)
     return begun, "submit"
 
 

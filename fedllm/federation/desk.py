@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +19,17 @@ from filelock import FileLock, Timeout
 
 import fedllm
 from fedllm.core.errors import FedllmError, Refused, nearest
-from fedllm.federation import messages, record
+from fedllm.federation import record
+from fedllm.federation.asked import SAID, canonical, facts
 from fedllm.federation.audit import Audit
 from fedllm.federation.bench import Bench, Job
 from fedllm.federation.disk import write
 from fedllm.federation.doing import do, progress
 from fedllm.federation.guard import Guard
 from fedllm.federation.limits import once, today
+from fedllm.federation.messages import matching, request_of, whole
 from fedllm.federation.policy import NAME, SHA256, Known, Site
-from fedllm.federation.rules import SAID, Denied, canonical, check, facts, governing, refusals
+from fedllm.federation.rules import Denied, check, governing, refusals
 from fedllm.federation.spool import Spool
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import Head, decode, encode
@@ -177,7 +178,7 @@ class Desk:
         run, key = matching(NAME, head, "run"), matching(SHA256, head, "key")
         with self._entry:
             folder, said = self._allowed(run)
-            request = messages.request_of(head.get("request"), self._site.name)
+            request = request_of(head.get("request"), self._site.name)
             name = request_id(key, head["request"])
             # In this order: work leaves the bench when it is recorded.
             if (job := self._bench.find(run, name)) and job.state == "running":
@@ -262,19 +263,3 @@ class Desk:
 def told(done: record.Done) -> Head:
     """Return what is told of recorded work."""
     return {"state": "done", "key": done.reply, "size": done.size}
-
-
-def matching(pattern: str, head: Head, key: str) -> str:
-    """Return a word of a head that is safe as the name of a file, or raise `Refused`."""
-    value = head.get(key)
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise Refused(f"'{key}' is {value!r:.80}, which does not match {pattern}")
-    return value
-
-
-def whole(head: Head, key: str) -> int:
-    """Return a number of bytes from a head, or raise `Refused`."""
-    value = head.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise Refused(f"'{key}' is {value!r:.50}, not a number of bytes")
-    return value

@@ -142,7 +142,10 @@ class Hub(FLComponent):
         left_out = [
             site
             for site in sites
-            if process and site in connected and connected[site][0] not in tokens and connected[site][1] > attempts.STEADY
+            if process
+            and site in connected
+            and connected[site][0] not in tokens
+            and connected[site][1] > attempts.STEADY
         ]
         names = {client.name for client in ((process or {}).get(RunProcessKey.PARTICIPANTS) or {}).values()}
         return Seen(

@@ -30,7 +30,9 @@ SETTINGS = {
 }
 
 
-def keep(command: Sequence[str], env: Mapping[str, str], log: Path, stop: threading.Event, beat: Callable[[], None]) -> None:
+def keep(
+    command: Sequence[str], env: Mapping[str, str], log: Path, stop: threading.Event, beat: Callable[[], None]
+) -> None:
     """Run a Python module until `stop`; call it from the main thread, with which the process dies.
 
     Args:

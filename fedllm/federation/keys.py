@@ -82,7 +82,9 @@ def read_request(data: bytes) -> Request:
         names = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         public, signed = asked.public_key(), asked.is_signature_valid
     except Exception as error:  # the parser meets any bytes, and has exceptions of many kinds
-        raise FedllmError(f"The file is not a request ({type(error).__name__}); send what `site request` made.") from error
+        raise FedllmError(
+            f"The file is not a request ({type(error).__name__}); send what `site request` made."
+        ) from error
     if not signed:
         raise FedllmError("The request is not signed by its own key; ask the site to make it anew.")
     if not isinstance(public, rsa.RSAPublicKey) or public.key_size < 2048:
@@ -128,9 +130,7 @@ def issue(
     return builder.sign(key, hashes.SHA256())
 
 
-def begin(
-    name: str, issuer: str, public: rsa.RSAPublicKey, days: int, role: str = ""
-) -> x509.CertificateBuilder:
+def begin(name: str, issuer: str, public: rsa.RSAPublicKey, days: int, role: str = "") -> x509.CertificateBuilder:
     """Return what every certificate begins with."""
     now = datetime.now(UTC)
     return (

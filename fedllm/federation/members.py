@@ -155,9 +155,7 @@ def join(file: Path, folder: Path) -> Joined:
     (startup / "client.crt").write_bytes(keys.pem(certificate))
     kept.write_bytes(keys.pem(root))
     kits.site_kit(folder / "kit", answer.name, answer.consortium, answer.server.address, answer.server.port)
-    return Joined(
-        answer.name, answer.consortium, answer.server.address, answer.server.port, keys.fingerprint(root)
-    )
+    return Joined(answer.name, answer.consortium, answer.server.address, answer.server.port, keys.fingerprint(root))
 
 
 def revoke(folder: Path, name: str) -> None:

@@ -1,11 +1,11 @@
-"""What the desk reads of requests and replies, neither of whose tensors it needs; and what it takes out of a reply."""
+"""What the desk reads of heads, requests and replies, of which it needs no tensors; what it takes out of a reply."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,22 @@ LARGEST_REQUEST = 32_000
 LAST_ROUND = 999_999
 
 OP = re.compile(r"[a-z][a-z_]{0,31}")
+
+
+def matching(pattern: str, head: Mapping[str, Any], key: str) -> str:
+    """Return a word of a head that is safe as the name of a file, or raise `Refused`."""
+    value = head.get(key)
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise Refused(f"'{key}' is {value!r:.80}, which does not match {pattern}")
+    return value
+
+
+def whole(head: Mapping[str, Any], key: str) -> int:
+    """Return a number of bytes from a head, or raise `Refused`."""
+    value = head.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise Refused(f"'{key}' is {value!r:.50}, not a number of bytes")
+    return value
 
 
 def request_of(said: Any, site: str) -> Request:

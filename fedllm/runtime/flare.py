@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock
 from nvflare.collab import CollabCallError, collab
 from nvflare.collab.api.exceptions import RunAborted
+from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.runtime.line import Aborted, Head, Line, Unreachable, decode, encode
@@ -100,8 +101,13 @@ class Relay:
 
 
 def only_bytes() -> None:
-    """Keep FLARE from loading its tensors' decoder, and torch with it, into a process that passes bytes."""
+    """Spare a process that passes bytes what FLARE does with tensors and with its log.
+
+    The decoder of tensors would load torch. And for every request FLARE 2.9 formats the whole payload
+    for a debug line that nobody reads, which takes more time than to receive it.
+    """
     sys.modules.setdefault("nvflare.app_opt.pt.decomposers", None)  # type: ignore[arg-type]
+    ConsumableBufferList.__repr__ = lambda self: f"{len(self)} buffers"
 
 
 class Wish:

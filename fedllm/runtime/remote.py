@@ -23,7 +23,7 @@ from fedllm.runtime.meter import Traffic
 from fedllm.runtime.spool import Stored, load_message, save_message
 from fedllm.runtime.store import on_disk
 from fedllm.runtime.transfer import FIRST, Ended, Link, fetch, plain, send
-from fedllm.runtime.wire import numbers
+from fedllm.runtime.wire import reply_of
 
 GRACE = 30.0
 """Seconds beyond its limit after which a call that has not come back is the engine's failure."""
@@ -176,11 +176,10 @@ def taken(item: Arrived, fail: Callable[[str, Exception], None]) -> Iterator[Rep
 
 def read_reply(path: Path, request: Request) -> Reply:
     """Return the reply in a file; raise `Refused` unless it is one of the asked client in the asked round."""
-    tensors, head = load_message(path)
     try:
-        reply = Reply(str(head["client"]), int(head["round"]), tensors, float(head["weight"]), numbers(head["scalars"]))
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise Refused(f"its message is not a reply ({plain(str(error))})") from error
+        reply = reply_of(*load_message(path))
+    except Refused as problem:
+        raise Refused(plain(str(problem))) from problem
     if (reply.client, reply.round) != (request.client, request.round):
         raise Refused(f"it answers for '{plain(reply.client)}' in round {reply.round}, not for itself in this one")
     return reply

@@ -73,7 +73,11 @@ def pack_reply(reply: Reply) -> bytes:
 
 def unpack_reply(data: bytes) -> Reply:
     """Return the reply in a message, or raise `Refused`."""
-    tensors, head = unpack(data)
+    return reply_of(*unpack(data))
+
+
+def reply_of(tensors: Tensors, head: Mapping[str, Any]) -> Reply:
+    """Return the reply of these tensors and this head, or raise `Refused`."""
     try:
         return Reply(str(head["client"]), int(head["round"]), tensors, float(head["weight"]), numbers(head["scalars"]))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import contextmanager
 
 import psutil
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.core.errors import FedllmError
+from fedllm.core.types import Request
 from fedllm.federation.audit import verify
 from fedllm.federation.desk import Desk
+from fedllm.federation.record import markers
 from fedllm.runtime.line import decode, encode
+from fedllm.runtime.remote import remote
 from fedllm.runtime.wire import unpack_reply
 from tests.desks import (
     PAYLOAD,
@@ -38,6 +42,7 @@ from tests.desks import (
     send,
     site_in,
 )
+from tests.fake_site import line_to
 
 
 @pytest.fixture
@@ -129,7 +134,7 @@ def test_a_restart_answers_from_record_and_knows_no_unfinished_work(tmp_path):
 
 def test_a_worker_that_dies_is_one_failed_reply_and_the_same_request_is_then_done(desk, tmp_path):
     first = scalars(desk, finish(desk))["pid"]
-    answer, name = begin(desk, 1, slow=0.3)
+    _, name = begin(desk, 1, slow=0.3)
     os.kill(int(first), signal.SIGKILL)
     begun = time.monotonic()
     failed = say(desk, "wait", run="r1", id=name, seconds=10)
@@ -303,39 +308,82 @@ def test_messages_that_are_too_large_or_not_there_are_said(tmp_path):
 
 def test_too_much_work_at_once_is_refused(desk):
     begin(desk, 0, slow=30)
-    answers = [begin(desk, 0, "evaluate", number=number)[0] for number in range(12)]
+    answers = [begin(desk, 0, "evaluate", look=number)[0] for number in range(12)]
     assert answers[0] == {"state": "running"} and "wait here already" in answers[-1]["error"]
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-from tests.desks import *
-with desk_in(Path(sys.argv[1])) as desk:
-    ask(desk)
+def train_until_killed(folder):
+    with desk_in(folder) as desk:
+        ask(desk)
+        for number in range(100):
+            fetch(desk, finish(desk, number))
+
+
+def test_killed_at_any_instant_a_site_goes_on_with_each_round_done_once(tmp_path):
+    for attempt in range(12):
+        child = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(tmp_path,))
+        child.start()
+        time.sleep(0.05 + 0.017 * attempt)
+        child.kill()
+        child.join()
+    with desk_in(tmp_path) as desk:
+        ask(desk)
+        last = next(markers(tmp_path / "state" / "runs" / "r1", "train-*"))
+        assert last.round > 0
+        # The memory is one more for every round that was trained and recorded.
+        assert scalars(desk, finish(desk, last.round))["memory"] == last.round
+        assert scalars(desk, finish(desk, last.round + 1))["memory"] == last.round + 1
+
+
+def test_the_exchange_of_a_server_over_desks(tmp_path):
+    line_up = {name: Desk(site_in(tmp_path / name, name=name), WORKER, CATALOG) for name in ("a", "b")}
+    for desk in line_up.values():
+        ask(desk)
+    notes = []
+    exchange = remote(
+        line_to(line_up),
+        tmp_path / "server",
+        run="r1",
+        largest=1 << 20,
+        note=lambda site, what: notes.append((site, what)),
+        progress=lambda site, what: None,
+    )
+    tensors = {"x": torch.zeros(500_000)}
+    for number, how in enumerate(({}, {"b": {"die": 1.0}}, {})):
+        requests = [Request(name, number, "train", tensors, how.get(name, {})) for name in line_up]
+        replies = {reply.client: reply for reply in exchange(requests)}
+        assert replies.keys() == line_up.keys() - how.keys()
+    assert replies["a"].scalars["memory"] == 2 and replies["b"].scalars["memory"] == 1
+    assert notes == [("b", "the site's worker died (signal 9)")]
+    for desk in line_up.values():
+        desk.close()
+
+
+@contextmanager
+def files_of_at_most(size):
+    """No file of this process can grow beyond so many bytes: as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_sentence_and_the_site_goes_on_when_there_is_room(desk, tmp_path):
     send(desk)
-    begin(desk, op="open")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    for answer in (send(desk, b"x" * 2000), finish(desk), ask(desk, "r2")):
-        print(answer.get("error", answer))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(finish(desk)["state"])
-"""
-
-
-def test_a_full_disk_is_one_sentence_and_the_site_goes_on_when_there_is_room(tmp_path):
-    root = Path(__file__).parents[2]
-    made = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, cwd=root)
-    assert made.returncode == 0, made.stderr
-    *refused, last = made.stdout.splitlines()
-    assert all("cannot write" in line and "(File too large); make room at the site" in line for line in refused)
-    assert len(refused) == 3 and last == "done"
+    finish(desk, op="open")
+    with files_of_at_most(1000):
+        answers = [send(desk, b"x" * 2000), finish(desk), ask(desk, "r2")]
+    for answer in answers:
+        assert "cannot write" in answer["error"] and "(File too large); make room at the site" in answer["error"]
     assert not (tmp_path / "state" / "runs" / "r2" / "asked.json").exists()
+    assert finish(desk)["state"] == "done" and len(log_of(tmp_path, "begin")) == 2
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile")
+    folder = tmp_path_factory.mktemp("hostile") / "site"
     with Desk(site_in(folder), WORKER, CATALOG) as desk:
         ask(desk)
         yield folder, desk

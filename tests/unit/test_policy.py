@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.core.errors import FedllmError, Refused
+from fedllm.federation.asked import clipped_at, facts, recipe_sha256
 from fedllm.federation.policy import KINDS, Policy, read_site
-from fedllm.federation.rules import check, clipped_at, facts, governing, recipe_sha256, refusals
+from fedllm.federation.rules import check, governing, refusals
 from tests.desks import recipe, site_in
 
 ONE, TWO = "1" * 64, "2" * 64

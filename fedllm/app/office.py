@@ -1,0 +1,157 @@
+"""What an administrator sees of a federation: the plan before, the sites at work, the results after."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedllm.app.build import build
+from fedllm.app.config import Recipe
+from fedllm.app.plan_view import amount, plan_lines
+from fedllm.app.terminal import out, say
+from fedllm.core.errors import FedllmError
+
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
+"""Asks the server through its port; an error is raised as one sentence."""
+
+LOOK_SECONDS = 1.0
+RESULTS = ("adapter/", "model/", "report.html", "metrics.json", "events.jsonl", "recipe.toml", "log.txt")
+
+
+def plan_of(recipe: Recipe, sites: Sequence[str]) -> Iterator[str]:
+    """Yield the plan of a run whose text lies at the sites."""
+    yield from plan_lines(build(recipe, weights=False, elsewhere=sites))
+    yield ""
+
+
+def watch(ask: Ask, name: str, admin: Path) -> None:
+    """Show a run until it ends; Ctrl-C leaves it running. A run that failed is an error."""
+    seen: list[str] = []
+    try:
+        with Live(console=out, refresh_per_second=2, transient=True) as screen:
+            while True:
+                run = ask({"do": "status", "name": name})["runs"][name]
+                told = run["live"] or {}
+                for line in fresh(seen, told.get("says", [])):
+                    say(line)
+                if run["state"] in ("done", "failed", "stopped"):
+                    break
+                screen.update(Group(Text(headline(name, run)), *site_table(told.get("sites", {}))))
+                time.sleep(LOOK_SECONDS)
+    except KeyboardInterrupt:
+        say(f"{name} goes on without you; `fedllm federation attach {name}` comes back to it, `stop` stops it.")
+        return
+    if run["state"] == "failed":
+        raise FedllmError(f"{name} failed: {run['reason']}")
+    say(f"{name} is {run['state']}.")
+    if run["state"] == "done":
+        folder = bring(ask, name, Path("runs") / name)
+        close(folder)
+
+
+def close(folder: Path) -> None:
+    """Print a run's comparison and where its results are."""
+    from fedllm.app.results import comparison, read_metrics, verdict
+
+    metrics = read_metrics(folder)
+    if metrics["loss"]:
+        out.print(comparison(metrics))
+        out.print(verdict(metrics), highlight=False, markup=False)
+    for what, file in (("Report", "report.html"), ("Adapter", "adapter"), ("Model", "model")):
+        if (folder / file).exists():
+            say(f"{what + ':':<9}{folder / file}")
+
+
+def fresh(seen: list[str], lines: Sequence[str]) -> list[str]:
+    """Return the lines that follow those already seen, and remember them."""
+    start = next((n for n in range(len(lines), 0, -1) if seen[-n:] == list(lines[:n])), 0)
+    seen.extend(lines[start:])
+    return list(lines[start:])
+
+
+def headline(name: str, run: Mapping[str, Any]) -> str:
+    """Say in a line how far a run is."""
+    told = run["live"] or {}
+    rounds = f", round {told['round']} of {told['rounds']} done" if "rounds" in told else ""
+    attempt = f", attempt {run['attempt']}" if run["attempt"] > 1 else ""
+    reason = f" ({run['reason']})" if run["reason"] else ""
+    return f"{name}: {run['state']}{reason}{rounds}{attempt}"
+
+
+def site_table(sites: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Yield what each site is at, if any was heard of."""
+    if not sites:
+        return
+    table = Table("site", "state", "round", "work", "step", "tokens/s", "loss", "down", "up", box=None, padding=(0, 1))
+    for name, told in sites.items():
+        seconds, tokens = told.get("seconds") or 0, told.get("tokens") or 0
+        steps = f"{told['step']:.0f} of {told['steps']:.0f}" if told.get("steps") else ""
+        table.add_row(
+            name,
+            str(told.get("state", "")),
+            f"{told['round'] + 1:.0f}" if told.get("op") == "train" else "",
+            str(told.get("op", "")),
+            steps,
+            f"{tokens / seconds:,.0f}" if seconds and tokens else "",
+            f"{told['loss']:.3f}" if "loss" in told else "",
+            amount(told.get("bytes_down", 0)),
+            amount(told.get("bytes_up", 0)),
+        )
+    yield table
+
+
+def status_table(told: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the sites, and the runs with what their sites are at."""
+    sites = Table("site", "connected", box=None, padding=(0, 1))
+    for name, site in told["sites"].items():
+        sites.add_row(name, "revoked" if site["revoked"] else "yes" if site["connected"] else "no")
+    yield sites
+    runs = Table("run", "state", "rounds", "attempt", "started by", "last word", box=None, padding=(0, 1))
+    for name, run in told["runs"].items():
+        live = run["live"] or {}
+        rounds = f"{live.get('round', 0)} of {live.get('rounds', '?')}"
+        word = run["reason"] or (live.get("says") or [""])[-1]
+        runs.add_row(name, run["state"], rounds, str(run["attempt"]), str(run["user"]), word)
+    yield runs
+    if len(told["runs"]) == 1:
+        for run in told["runs"].values():
+            yield from site_table((run["live"] or {}).get("sites", {}))
+
+
+def log_lines(ask: Ask, name: str, engine: bool, lines: int) -> list[str]:
+    """Return the last lines of a run's own log, or of the engine's."""
+    if engine:
+        return [str(line) for line in ask({"do": "logs", "name": name, "lines": lines})["lines"]]
+    return read_file(ask, name, "log.txt").decode(errors="replace").splitlines()[-lines:]
+
+
+def bring(ask: Ask, name: str, folder: Path) -> Path:
+    """Copy a run's results here; a file that is there whole already is not brought again."""
+    listed = ask({"do": "files", "name": name})["files"]
+    for path, size in listed.items():
+        target = folder / path
+        if not path.startswith(RESULTS) or target.is_absolute() != folder.is_absolute() or ".." in target.parts:
+            continue
+        if target.exists() and target.stat().st_size == size and not path.endswith((".json", ".jsonl", ".html")):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(read_file(ask, name, path))
+    return folder
+
+
+def read_file(ask: Ask, name: str, path: str) -> bytes:
+    """Return a file of a run, part by part."""
+    data = b""
+    while True:
+        part = ask({"do": "read", "name": name, "path": path, "offset": len(data)})
+        data += base64.b64decode(part["data"])
+        if len(data) >= part["size"] or not part["data"]:
+            return data
