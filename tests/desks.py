@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from pathlib import Path
 
 import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.app.config import Recipe
+from fedllm.federation.audit import verify
 from fedllm.federation.desk import Desk
 from fedllm.federation.policy import Site
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import decode, encode
+from fedllm.runtime.wire import unpack_reply
 
 WORKER = [sys.executable, "-S", str(Path(__file__).with_name("fake_worker.py"))]
 
@@ -74,3 +77,19 @@ def fetch(desk, done, run="r1"):
     answer, data = say(desk, "get", run=run, key=done["key"], offset=0, length=1 << 20)
     assert answer == {"size": done["size"]} and key_of(data) == done["key"]
     return data
+
+
+def at_work(desk, run="r1"):
+    """Wait until the worker has taken its first step."""
+    end = time.monotonic() + 10
+    while not (work := say(desk, "ping")["work"]) or work[run]["step"] == 0:
+        assert time.monotonic() < end
+
+
+def log_of(folder, *what):
+    entries = verify(folder / "state" / "audit.jsonl").entries
+    return [entry for entry in entries if not what or entry["what"] in what]
+
+
+def scalars(desk, done, run="r1"):
+    return unpack_reply(fetch(desk, done, run)).scalars

@@ -78,13 +78,13 @@ def run(
     """Show the plan, ask every site, and start a run; Ctrl-C leaves it running."""
     from fedllm.app.config import read_recipe, write_recipe
     from fedllm.app.office import plan_of, watch
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
     read = read_recipe(recipe, settings)
     if read.silos or read.partition:
         say("The recipe's own [silos] and [partition] are left out: each site reads what its site.toml says.")
     read = read.model_copy(update={"silos": {}, "partition": None})
-    with office(admin) as ask:
+    with opened(admin) as ask:
         sites = list(ask({"do": "status"})["sites"])
         for line in plan_of(read, sites):
             say(line)
@@ -98,9 +98,9 @@ def run(
 def status(name: Annotated[str, typer.Argument(help="A run; all if none is named.")] = "", admin: Admin = KIT) -> None:
     """Show the sites and the runs."""
     from fedllm.app.office import status_table
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
-    with office(admin) as ask:
+    with opened(admin) as ask:
         for table in status_table(ask({"do": "status", "name": name} if name else {"do": "status"})):
             out.print(table)
 
@@ -109,9 +109,9 @@ def status(name: Annotated[str, typer.Argument(help="A run; all if none is named
 def attach(name: RunName, admin: Admin = KIT) -> None:
     """Watch a run that is going on; Ctrl-C leaves it running."""
     from fedllm.app.office import watch
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
-    with office(admin) as ask:
+    with opened(admin) as ask:
         watch(ask, name, admin)
 
 
@@ -126,9 +126,9 @@ def logs(
 ) -> None:
     """Print the last lines of a run's log."""
     from fedllm.app.office import log_lines
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
-    with office(admin) as ask:
+    with opened(admin) as ask:
         for line in log_lines(ask, name, engine, lines):
             say(line)
 
@@ -136,9 +136,9 @@ def logs(
 @federation.command()
 def stop(name: RunName, admin: Admin = KIT) -> None:
     """Stop a run, and the training at its sites, at once; `resume` goes on from its last round."""
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
-    with office(admin) as ask:
+    with opened(admin) as ask:
         ask({"do": "stop", "name": name})
     say(f"{name} is being stopped; `fedllm federation resume {name}` goes on from its last round.")
 
@@ -151,9 +151,9 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped or has failed."""
     from fedllm.app.office import watch
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
-    with office(admin) as ask:
+    with opened(admin) as ask:
         ask({"do": "resume", "name": name})
         if not detach:
             watch(ask, name, admin)
@@ -167,9 +167,9 @@ def fetch(
 ) -> None:
     """Bring a run's results here: adapter or model, report, numbers and events."""
     from fedllm.app.office import bring
-    from fedllm.federation.control import office
+    from fedllm.federation.control import opened
 
-    with office(admin) as ask:
+    with opened(admin) as ask:
         say(f"Brought to {bring(ask, name, to or Path('runs') / name)}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from fedllm.app.config import Recipe
 from fedllm.app.plan_view import amount, plan_lines
 from fedllm.app.terminal import out, say
 from fedllm.core.errors import FedllmError
-
-Ask = Callable[[dict[str, Any]], dict[str, Any]]
-"""Asks the server through its port; an error is raised as one sentence."""
+from fedllm.federation.control import Ask, copy
 
 LOOK_SECONDS = 1.0
-RESULTS = ("adapter/", "model/", "report.html", "metrics.json", "events.jsonl", "recipe.toml", "log.txt")
+WEIGHTS = ("adapter/", "model/")
+RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "recipe.toml", "log.txt")
 
 
 def plan_of(recipe: Recipe, sites: Sequence[str]) -> Iterator[str]:
@@ -134,16 +133,14 @@ def log_lines(ask: Ask, name: str, engine: bool, lines: int) -> list[str]:
 
 
 def bring(ask: Ask, name: str, folder: Path) -> Path:
-    """Copy a run's results here; a file that is there whole already is not brought again."""
-    listed = ask({"do": "files", "name": name})["files"]
-    for path, size in listed.items():
-        target = folder / path
-        if not path.startswith(RESULTS) or target.is_absolute() != folder.is_absolute() or ".." in target.parts:
-            continue
-        if target.exists() and target.stat().st_size == size and not path.endswith((".json", ".jsonl", ".html")):
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(read_file(ask, name, path))
+    """Copy a run's results here."""
+    for path, size in ask({"do": "files", "name": name})["files"].items():
+        relative = Path(path)
+        if path.startswith(RESULTS) and not relative.is_absolute() and ".." not in relative.parts:
+            # A report or a list of events of the same length may still be another one.
+            if not path.startswith(WEIGHTS):
+                (folder / relative).unlink(missing_ok=True)
+            copy(ask, name, path, size, folder / relative, lambda count: None)
     return folder
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fedllm.core.errors import FedllmError
 from fedllm.federation.disk import on_disk, sync
-from fedllm.federation.asked import canonical
+from fedllm.federation.rules import canonical
 
 Entry: TypeAlias = dict[str, Any]
 

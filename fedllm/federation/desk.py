@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 import fedllm
 from fedllm.core.errors import FedllmError, Refused, nearest
 from fedllm.federation import record
-from fedllm.federation.asked import SAID, canonical, facts
 from fedllm.federation.audit import Audit
 from fedllm.federation.bench import Bench, Job
 from fedllm.federation.disk import write
@@ -29,7 +28,7 @@ from fedllm.federation.guard import Guard
 from fedllm.federation.limits import once, today
 from fedllm.federation.messages import matching, request_of, whole
 from fedllm.federation.policy import NAME, SHA256, Known, Site
-from fedllm.federation.rules import Denied, check, governing, refusals
+from fedllm.federation.rules import SAID, Denied, canonical, check, facts, governing, refusals
 from fedllm.federation.spool import Spool
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import Head, decode, encode

@@ -27,7 +27,7 @@ from nvflare.fuel.hci.reg import CommandModule, CommandModuleSpec, CommandSpec
 from nvflare.fuel.hci.server.constants import ConnProps
 from nvflare.private.fed.server.cred_keeper import CredKeeper
 
-from fedllm.federation import attempts, commands, notes
+from fedllm.federation import attempts, commands, notes, tls
 from fedllm.federation.attempts import Attempt, Seen
 from fedllm.federation.kits import ADMIN_ROLE, SERVER_ROLE
 from fedllm.federation.members import of, revoked
@@ -45,6 +45,8 @@ class Hub(FLComponent):
 
     def __init__(self) -> None:
         super().__init__()
+        # FLARE builds its components before it listens.
+        tls.install()
         self.folder = Path(os.environ[FOLDER])
         self.attempts: dict[str, Attempt] = {}
         self.since: dict[str, tuple[str, float]] = {}
@@ -78,7 +80,9 @@ class Hub(FLComponent):
 
     def tick(self, engine: Any, fl_ctx: FLContext) -> None:
         """Refuse the revoked, note who is connected, and look at every run."""
-        refused = set(revoked(self.folder)["names"])
+        table = revoked(self.folder)
+        refused = set(table["names"])
+        tls.drop(table["serials"])
         manager = engine.server.client_manager
         for name in of(self.folder).sites:
             if (name in refused) != manager.is_client_disabled(name):

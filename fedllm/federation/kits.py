@@ -48,7 +48,7 @@ def server_kit(folder: Path, consortium: Consortium) -> None:
             "servers": [
                 {
                     "name": consortium.name,
-                    "service": {"target": f"{listen(server.address)}:{server.port}", "scheme": "grpc"},
+                    "service": {"target": f"{listen(server.address)}:{server.port}", "scheme": "tcp"},
                     "admin_server": server.address,
                     "admin_port": server.port,
                     "ssl_private_key": "server.key",
@@ -118,7 +118,7 @@ def admin_kit(kit: Path, consortium: Consortium) -> None:
                 "project_name": consortium.name,
                 "username": consortium.admin,
                 "server_identity": server.address,
-                "scheme": "grpc",
+                "scheme": "tcp",
                 "host": server.address,
                 "port": server.port,
                 "connection_security": "mtls",
@@ -146,7 +146,7 @@ def site_kit(kit: Path, name: str, consortium: str, address: str, port: int) -> 
             "servers": [
                 {
                     "name": consortium,
-                    "service": {"target": f"{address}:{port}", "scheme": "grpc"},
+                    "service": {"target": f"{address}:{port}", "scheme": "tcp"},
                     "identity": address,
                 }
             ],

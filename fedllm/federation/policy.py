@@ -129,7 +129,12 @@ def read_site(path: Path, known: Known) -> Site:
             if name not in known[kind]:
                 raise FedllmError(f"{path}: policy.{rule} has '{name}'; {nearest(name, known[kind])}")
     folder = path.absolute().parent
-    return site.model_copy(update={"state": str(folder / site.state), "kit": str(folder / site.kit)})
+    models = {
+        name: base.model_copy(update={"path": base.path and str(folder / Path(base.path).expanduser())})
+        for name, base in site.models.items()
+    }
+    paths = {"state": str(folder / site.state), "kit": str(folder / site.kit)}
+    return site.model_copy(update={**paths, "models": models})
 
 
 def first_problem(error: ValidationError) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request
 from fedllm.federation.disk import move, on_disk, write
-from fedllm.federation.asked import canonical
+from fedllm.federation.rules import canonical
 
 KEPT = 3
 

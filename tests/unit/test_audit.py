@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedllm.core.errors import FedllmError
 from fedllm.federation import audit
 from fedllm.federation.audit import COLUMNS, Audit, digest, rows, verify
-from fedllm.federation.asked import canonical
+from fedllm.federation.rules import canonical
 
 
 def written(path, *runs):

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.federation.asked import clipped_at, facts, recipe_sha256
 from fedllm.federation.policy import KINDS, Policy, read_site
-from fedllm.federation.rules import check, governing, refusals
+from fedllm.federation.rules import check, clipped_at, facts, governing, recipe_sha256, refusals
 from tests.desks import recipe, site_in
 
 ONE, TWO = "1" * 64, "2" * 64
@@ -100,6 +99,13 @@ def test_a_base_model_is_allowed_by_name_and_by_its_weights(tmp_path):
     assert "There is no model '/m'" in refusal(tmp_path, asked(), {name: {"path": "/m"}}, gone).sentence
 
 
+def test_no_weights_are_looked_at_for_a_recipe_that_is_refused_anyway(tmp_path):
+    def looked(place):
+        raise AssertionError(place)
+
+    assert refusal(tmp_path, asked(), None, looked, users=()).rule == "users"
+
+
 def test_all_that_is_against_a_recipe_is_said(tmp_path):
     site = site_in(tmp_path, users=(), secure_aggregation=True)
     assert [found.rule for found in refusals(site, asked(), CATALOG)] == ["users", "secure_aggregation"]
@@ -172,6 +178,7 @@ def test_a_site_file_is_read_and_its_folders_start_from_it(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     site = read(tmp_path, FILE)
     assert (site.state, site.kit) == (str(tmp_path / "state"), str(tmp_path / "kit"))
+    assert site.models["smollm2-135m-instruct"].path == str(tmp_path / "m")
     assert site.data.columns == {"prompt": "frage"} and site.policy.clip == 1.0
     assert governing(site) == ["clip", "models", "trainables"]
 

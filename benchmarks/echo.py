@@ -1,0 +1,130 @@
+"""Sites that do no work, for measuring what carries the work: `start` is a site whose worker sends back what it got."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROUNDS, REPEATS = 20, 3
+
+
+def work() -> None:
+    """Answer every request with its own tensors."""
+    from fedllm.core.types import Reply
+    from fedllm.runtime.spool import load_message, save_message
+    from fedllm.runtime.wire import reply_head
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        tensors, _ = load_message(Path(asked["request"]))
+        head = asked["head"]
+        reply = Reply(head["client"], head["round"], tensors, 1.0)
+        save_message(Path(asked["reply"]), reply.tensors, reply_head(reply))
+        print(json.dumps({"done": True}), flush=True)
+
+
+def start(name: str, folder: Path) -> None:
+    """Serve a site whose worker is `work`."""
+    from fedllm.app.site import known
+    from fedllm.federation.desk import Desk
+    from fedllm.federation.policy import read_site
+    from fedllm.federation.site_daemon import start as serve
+
+    site = read_site(folder / "site.toml", known())
+    with Desk(site, [sys.executable, "-m", "benchmarks.echo", "work"], known()) as desk:
+        serve(name, Path(site.kit), Path(site.state), desk.answer)
+
+
+def loop(folder: Path, line: Any, expected: Sequence[str]) -> None:
+    """Measure at the server, in the engine's own process: empty rounds, then 100 and 500 MB each way."""
+    import torch
+
+    from fedllm.core.types import Request
+    from fedllm.runtime.remote import remote
+
+    begun, told = time.time(), dict[str, Any]()
+    question = json.loads((folder / "question.json").read_text())
+    for site in expected:
+        answer, _ = line.call(site, {"do": "ask", **question, "run": folder.name}, b"", 10)
+        assert answer.get("allowed"), answer
+    traffic: dict[str, Mapping[str, Any]] = {}
+    exchange = remote(
+        line,
+        folder / "spool",
+        run=folder.name,
+        largest=1 << 30,
+        note=lambda site, why: print(site, why, file=sys.stderr),
+        progress=lambda site, what: traffic.update({site: what}),
+    )
+    number = 0
+
+    def a_round(tensors: Mapping[str, torch.Tensor]) -> float:
+        nonlocal number
+        number, begun, answered = number + 1, time.perf_counter(), 0
+        for reply in exchange([Request(site, number, "evaluate", tensors) for site in expected]):
+            answered += 1
+            assert all(torch.equal(value, tensors[name]) for name, value in reply.tensors.items())
+            del reply
+        assert answered == len(expected), answered
+        return time.perf_counter() - begun
+
+    first = a_round({})
+    told["empty"] = [a_round({"x": torch.full((1,), float(n))}) for n in range(ROUNDS)]
+    idle = resident()
+    for megabytes in (100, 500):
+        count = megabytes * 10**6 // 2 // 8
+        tensors = {f"layer.{n}": torch.full((count,), n, dtype=torch.bfloat16) for n in range(8)}
+        with Peak() as peak:
+            seconds = []
+            for repeat in range(REPEATS):
+                tensors["layer.0"][0] = repeat + 1
+                seconds.append(a_round(dict(tensors)))
+        told[str(megabytes)] = {"seconds": seconds, "peak_mb": peak.most / 2**20}
+        del tensors
+    told |= {"first": first, "begun": begun, "idle_mb": idle / 2**20, "traffic": traffic}
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def resident() -> int:
+    """Return the bytes of memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class Peak:
+    """The most memory that this process had while it was looked at."""
+
+    def __enter__(self) -> Peak:
+        self.most, self._over = resident(), threading.Event()
+        self._look = threading.Thread(target=self._watch, daemon=True)
+        self._look.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self.most = max(self.most, resident())
+
+    def __exit__(self, *problem: object) -> None:
+        self._over.set()
+
+
+def serve_with_loop(folder: Path) -> None:
+    """Serve a federation whose runs are `loop`."""
+    from fedllm.federation.serve import serve
+
+    serve(folder, "benchmarks.echo:loop")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "work":
+        work()
+    elif sys.argv[1] == "serve":
+        serve_with_loop(Path(sys.argv[2]))
+    else:
+        start(sys.argv[2], Path(sys.argv[3]))
