@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +75,31 @@ def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str
     names = list(before[0]["sites"]) if before else list(expected)
     user = json.loads((folder / "run.json").read_text(encoding="utf-8"))["user"]
     asking = {"do": "ask", **question(recipe, folder.name, user)}
-    answers: dict[str, dict[str, Any]] = {}
-    for name in names:
-        answers[name] = ask(line, name, asking, recipe.federation.patience)
-        if "error" in answers[name]:
-            live.say(f"{name} refuses ({answers[name].get('rule') or 'no rule'}): {answers[name]['error']}")
-        live.site(name, {"state": "refused" if "error" in answers[name] else "in"})
-    willing = [name for name in names if "error" not in answers[name]]
+    with ThreadPoolExecutor(len(names) or 1) as pool:
+        found = pool.map(lambda name: ask(line, name, asking, recipe.federation.patience), names)
+    refused: dict[str, str] = {}
+    for name, answer in zip(names, found, strict=True):
+        if answer.get("allowed") is False:
+            refused[name] = str(answer.get("error"))
+            live.say(f"{name} refuses ({answer.get('rule')}): {refused[name]}")
+        elif "error" in answer:
+            live.say(f"{name}: {answer['error']}")
+        live.site(name, {"state": "refused" if name in refused else "failed" if "error" in answer else "in"})
+    willing = [name for name in names if name not in refused]
     if len(willing) < recipe.federation.least:
-        reasons = "; ".join(f"{name}: {answers[name]['error']}" for name in names if name not in willing)
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise FedllmError(
             f"{len(willing)} of {len(names)} sites take part and federation.least is {recipe.federation.least} "
             f"({reasons}); change the recipe to what the sites allow."
         )
     if not before:
-        refused = {name: answers[name]["error"] for name in names if name not in willing}
         append_event(folder, {"event": "asked", "sites": willing, "refused": refused})
         return willing
     return names
 
 
 def ask(line: Line, name: str, asking: dict[str, Any], patience: float) -> dict[str, Any]:
-    """Ask one site, for as long as there is patience with it."""
+    """Ask one site, for as long as there is patience with it; one that does not answer has said nothing."""
     since = time.monotonic()
     while True:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,9 @@ def start(
     if data:
         os.environ[DATA] = data if "://" in data or ":" in data else str(Path(data).expanduser().absolute())
     text_of(here, file)
-    with Desk(here, WORKER, known(), weights_sha256, {"FEDLLM_SITE": str(file.absolute())}) as desk:
+    # Hashing takes long for a large model, and every run asks for it.
+    hashed = functools.cache(weights_sha256)
+    with Desk(here, WORKER, known(), hashed, {"FEDLLM_SITE": str(file.absolute())}) as desk:
         say(f"{here.name} is at work; Ctrl-C ends it.")
         serve(here.name, Path(here.kit), Path(here.state), desk.answer)
 
@@ -127,7 +130,7 @@ def audit(file: SiteFile = HERE) -> None:
     for row in rows(log.entries):
         table.add_row(*row)
     out.print(table)
-    say(f"{len(log.entries)} lines, each follows from the one before it: nothing was changed or taken out.")
+    say(f"{len(log.entries)} lines, each follows from the one before it: nothing was changed, nothing taken from between.")
     if log.cut:
         say(f"The last line was cut short by a crash ({log.cut} bytes); the next start mends it.")
 

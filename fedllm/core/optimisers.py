@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fedllm.core.errors import FedllmError
+from fedllm.core.schedule import Schedule, Shape, factor, require_schedule
 from fedllm.core.tensors import below, under
 from fedllm.core.types import ServerOptimizer, Tensors
 
@@ -38,6 +40,45 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptimize
         return {**params, **moved}, {**state, **speed}
 
     return ServerOptimizer(f"FedAvgM(lr {learning_rate:g}, momentum {momentum:g})", init, step)
+
+
+def nesterov(
+    learning_rate: float = 0.7,
+    momentum: float = 0.9,
+    warmup: float = 0.0,
+    schedule: Shape = "constant",
+    floor: float = 0.0,
+    rounds: int | None = None,
+) -> ServerOptimizer:
+    """DiLoCo's outer step (Douillard et al. 2023, arXiv:2311.08105, algorithm 1, line 14): SGD with Nesterov momentum.
+
+    As `torch.optim.SGD(nesterov=True)`, to the bit: m = momentum * m + mean; params -= learning_rate * (mean +
+    momentum * m). The learning rate rises over the first `warmup` rounds (below 1: that share of all `rounds`), then
+    is `constant` or falls, `linear` or as a `cosine`, to `floor` times itself over all `rounds`. In the long run each
+    mean moves the parameters by learning_rate / (1 - momentum) times itself, 7 times with the defaults; a run of few
+    rounds ends before they have moved that far.
+    """
+    if learning_rate <= 0:
+        raise FedllmError(f"optimiser.learning_rate is {learning_rate:g}; it must be above 0.")
+    if not 0 <= momentum < 1:
+        raise FedllmError(f"optimiser.momentum is {momentum:g}; it must be at least 0 and below 1.")
+    over = Schedule(schedule, warmup, floor)
+    require_schedule("optimiser", over, rounds)
+
+    def init(params: Tensors) -> Tensors:
+        moments = {name: torch.zeros_like(value) for name, value in params.items()}
+        return {**under("momentum", moments), "step": torch.zeros((), dtype=torch.int64)}
+
+    def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+        rate = learning_rate * factor(over, int(state["step"]), rounds or 0)
+        moments = {name: state[f"momentum/{name}"].mul(momentum).add_(value) for name, value in mean.items()}
+        moved = {
+            name: params[name].add(value.add(moments[name], alpha=momentum), alpha=-rate)
+            for name, value in mean.items()
+        }
+        return {**params, **moved}, {**state, **under("momentum", moments), "step": state["step"] + 1}
+
+    return ServerOptimizer(f"Nesterov(lr {learning_rate:g}, momentum {momentum:g})", init, step)
 
 
 def adaptive(

@@ -42,7 +42,7 @@ def plan(algorithm: Algorithm, params: Tensors) -> Plan:
     return Plan(
         steps,
         sum(value.numel() for value in params.values()),
-        size(like.values()),
+        size(algorithm.down(like).values()),
         size(algorithm.wire(like).values()),
     )
 

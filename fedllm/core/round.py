@@ -6,7 +6,7 @@ select - share -> [ exchange: client work - encode... ] - ...decode - aggregate 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedavg
@@ -26,6 +26,7 @@ from fedllm.core.types import (
     Request,
     Select,
     ServerOptimizer,
+    Share,
     Silo,
     State,
     Step,
@@ -39,9 +40,9 @@ LARGEST_WEIGHT = 2.0**53
 """More examples than this nobody has; a weight that overflows would spoil the mean of all."""
 
 
-def everything(state: State) -> Tensors:
-    """Share all parameters with every selected client."""
-    return state.params
+def everything() -> Share:
+    """Share all parameters with every selected client, and take all of them back."""
+    return Share("")
 
 
 def averaging(
@@ -50,7 +51,7 @@ def averaging(
     select: Select,
     aggregate: Aggregator,
     optimiser: ServerOptimizer | None = None,
-    share: Callable[[State], Tensors] = everything,
+    share: Share | None = None,
     transforms: Sequence[Transform] = (),
     middleware: Sequence[Middleware] = (),
     probes: Sequence[Probe] = (),
@@ -64,17 +65,17 @@ def averaging(
     Raises:
         FedllmError: from the round, when clients were asked and no reply could be used.
     """
-    optimiser = optimiser or fedavg()
+    optimiser, share = optimiser or fedavg(), share or everything()
+    work = share.work(work)
 
     def init(params: Tensors) -> State:
         return State(0, dict(params), dict(optimiser.init(params)), {})
 
     def server(state: State, exchange: Exchange) -> tuple[State, Report]:
-        sent = share(state)
-        like = {name: state.params[name] for name in sent}
+        like = share.up(state.round, state.params)
         stages = wire_stages(transforms, like)
         asked = list(select(state.round))
-        requests = [Request(name, state.round, "train", sent) for name in asked]
+        requests = [Request(name, state.round, "train", share.down(state, name)) for name in asked]
         for layer in reversed(middleware):
             exchange = layer.exchange(exchange)
 
@@ -103,10 +104,12 @@ def averaging(
         if not asked:
             return state._replace(round=state.round + 1), report
 
-        mean, memory = aggregate.done(total), dict(state.transforms)
+        mean = aggregate.done(total)
+        memory = {name: value for name, value in state.transforms.items() if not name.startswith("share/")}
+        memory |= under("share", share.note(state, asked, set(asked) - waiting))
         cut = Cut(state.round, answered, weight)
         for place, transform in reversed(list(enumerate(transforms))):
-            label = f"{place}.{transform.name}"
+            label = label_of(place, transform, share, state.round)
             mean, kept = transform.finish(mean, below(label, memory), cut)
             memory |= under(label, kept)
         params, optimiser_state = optimiser.step(state.params, mean, state.optimiser)
@@ -114,23 +117,43 @@ def averaging(
             report |= probe.done(look)
         return State(state.round + 1, params, optimiser_state, memory), report
 
-    client = encoding(work.client, transforms)
-    cohort = encoding_cohort(work.cohort, transforms) if work.cohort else None
+    client = encoding(work.client, transforms, share)
+    cohort = encoding_cohort(work.cohort, transforms, share) if work.cohort else None
     for layer in reversed(middleware):
         if layer.client:
             # A client half may send messages of its own, which a batch of clients cannot.
             client, cohort = layer.client(client), None
     steps = [
-        Step("server", "select and share"),
+        Step("server", f"select and share{': ' * bool(share.name)}{share.name}"),
         Step("silo", "local training"),
         *(Step("silo", f"encode: {t.name}", t.claim) for t in transforms),
         *(Step("wire", m.name, m.claim) for m in middleware),
-        *(Step("server", f"decode: {t.name}") for t in reversed(transforms)),
+        *(Step("server", f"decode: {t.name}", t.decoded) for t in reversed(transforms)),
         *(Step("server", f"look: {p.name}", p.claim) for p in probes),
         Step("server", f"aggregate: {aggregate.name}", aggregate.claim),
         Step("server", f"step: {optimiser.name}"),
     ]
-    return Algorithm(init, client, server, cohort, steps, lambda like: wire_stages(transforms, like)[-1])
+
+    def wire(like: Tensors) -> Tensors:
+        return largest(wire_stages(transforms, part)[-1] for part in parts_of(share, like))
+
+    return Algorithm(init, client, server, cohort, steps, wire, lambda like: largest(parts_of(share, like)))
+
+
+def parts_of(share: Share, like: Tensors) -> Iterator[Tensors]:
+    """Yield what comes back in each round until the parts come round again."""
+    return (share.up(number, like) for number in range(share.period))
+
+
+def largest(each: Iterable[Tensors]) -> Tensors:
+    """Return those of the tensors that have the most bytes."""
+    return max(each, key=lambda tensors: sum(value.nbytes for value in tensors.values()))
+
+
+def label_of(place: int, transform: Transform, share: Share, number: int) -> str:
+    """Return under what a transform's memory stands: its own for every part of the parameters."""
+    part = share.part(number)
+    return f"{place}.{transform.name}{'@' * bool(part)}{part}"
 
 
 def wire_stages(transforms: Sequence[Transform], like: Tensors) -> list[Tensors]:
@@ -168,34 +191,41 @@ def accept(
     return update
 
 
-def encode_all(reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform]) -> tuple[Reply, Tensors]:
+def encode_all(
+    reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform], share: Share
+) -> tuple[Reply, Tensors]:
     """Pass a client's update through the transforms, each with its own part of the silo's memory."""
-    kept, update = under("work", memory), reply.tensors
-    for place, transform in enumerate(transforms):
-        label = f"{place}.{transform.name}"
+    labels = [label_of(place, transform, share, reply.round) for place, transform in enumerate(transforms)]
+    replaced = ("work/", *(f"{label}/" for label in labels))
+    kept = {name: value for name, value in silo.memory.items() if not name.startswith(replaced)}
+    kept |= under("work", memory)
+    update = reply.tensors
+    for place, (label, transform) in enumerate(zip(labels, transforms, strict=True)):
         seed = derive(silo.seed, "encode", reply.round, place)
         update, own = transform.encode(update, below(label, silo.memory), seed)
         kept |= under(label, own)
     return reply._replace(tensors=update), kept
 
 
-def encoding(client: Client, transforms: Sequence[Transform]) -> Client:
+def encoding(client: Client, transforms: Sequence[Transform], share: Share | None = None) -> Client:
     """Let a client encode what it replies."""
+    share = share or everything()
 
     def encoded(request: Request, silo: Silo) -> tuple[Reply, Tensors]:
         reply, memory = client(request, silo._replace(memory=below("work", silo.memory)))
-        return encode_all(reply, memory, silo, transforms)
+        return encode_all(reply, memory, silo, transforms, share)
 
     return encoded
 
 
-def encoding_cohort(cohort: Cohort, transforms: Sequence[Transform]) -> Cohort:
+def encoding_cohort(cohort: Cohort, transforms: Sequence[Transform], share: Share | None = None) -> Cohort:
     """Let every client of a batch encode what it replies."""
+    share = share or everything()
 
     def encoded(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         bare = [(request, silo._replace(memory=below("work", silo.memory))) for request, silo in members]
         return [
-            encode_all(reply, memory, silo, transforms)
+            encode_all(reply, memory, silo, transforms, share)
             for (reply, memory), (_, silo) in zip(cohort(bare), members, strict=True)
         ]
 

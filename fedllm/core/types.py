@@ -7,7 +7,7 @@ the only effect, and a runtime supplies it: one process, a batch of clients, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -143,6 +143,8 @@ class Transform(NamedTuple):
     decode: Callable[[Tensors, Tensors], Tensors]
     finish: Callable[[Tensors, Tensors, Cut], tuple[Tensors, Tensors]] = as_it_is
     claim: Claim = unchanged
+    decoded: Claim = unchanged
+    """What the server knows after `decode`, whatever the silo sent."""
 
 
 class Middleware(NamedTuple):
@@ -189,6 +191,29 @@ Select: TypeAlias = Callable[[int], Sequence[str]]
 """From the round to the clients that take part in it; pure, so that a resumed run asks the same ones."""
 
 
+def all_of_it(state: State, client: str) -> Tensors:
+    """Send all parameters."""
+    return state.params
+
+
+class Share(NamedTuple):
+    """What of the parameters travels: down to one client, and up from every client of a round.
+
+    `up(round, params)` picks among tensors of any names and raises `FedllmError` where a name would never have its
+    turn. `part(round)` names what it picks, so that a transform remembers each part apart; the parts come round every
+    `period` rounds. `work` is the client's half: it may keep weights of its own between rounds.
+    `note(state, asked, answered)` is what the server remembers of its clients.
+    """
+
+    name: str
+    down: Callable[[State, str], Tensors] = all_of_it
+    up: Callable[[int, Tensors], Tensors] = lambda number, params: params
+    part: Callable[[int], str] = lambda number: ""
+    period: int = 1
+    work: Callable[[Work], Work] = lambda work: work
+    note: Callable[[State, Sequence[str], Set[str]], Tensors] = lambda state, asked, answered: {}
+
+
 class Step(NamedTuple):
     """One step of the round as the plan shows it."""
 
@@ -207,7 +232,9 @@ class Algorithm(NamedTuple):
     cohort: Cohort | None = None
     steps: Sequence[Step] = ()
     wire: Callable[[Tensors], Tensors] = dict
-    """What one client sends up for such parameters; runs on meta tensors."""
+    """What one client sends up in a round for such parameters, at most; runs on meta tensors."""
+    down: Callable[[Tensors], Tensors] = dict
+    """What one client that follows the run is sent in a round, at most; runs on meta tensors."""
 
 
 def on_meta(tensors: Tensors) -> dict[str, Tensor]:

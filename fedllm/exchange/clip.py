@@ -31,4 +31,5 @@ def clip(max_norm: float) -> Transform:
         lambda update, memory, seed: (clipped(update), {}),
         lambda wire, like: clipped(wire),
         claim=claim,
+        decoded=claim,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Tensors, Transform
+from fedllm.exchange.error_feedback import Codec, tensorwise
 
 
 def top_k(fraction: float, error_feedback: bool = True) -> Transform:
@@ -19,34 +20,26 @@ def top_k(fraction: float, error_feedback: bool = True) -> Transform:
     if not 0 < fraction <= 1:
         raise FedllmError(f"transforms.top_k: fraction is {fraction}; it must be above 0 and at most 1.")
 
-    def encode(update: Tensors, memory: Tensors, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        wire, kept = {}, {}
-        for name, value in update.items():
-            if not value.is_floating_point():
-                wire[name] = value
-                continue
-            whole = (value + memory[name] if name in memory else value).flatten()
-            count = max(1, round(fraction * whole.numel()))
-            positions = whole.abs().topk(count).indices.sort().values
-            wire[f"{name}:values"] = whole[positions]
-            wire[f"{name}:positions"] = positions.to(torch.int32)
-            if error_feedback:
-                kept[name] = whole.index_fill(0, positions, 0.0).view(value.shape)
-        return wire, kept
+    def pack(value: Tensor, seed: int) -> dict[str, Tensor]:
+        whole = value.flatten()
+        count = max(1, round(fraction * whole.numel()))
+        positions = whole.abs().topk(count).indices.sort().values
+        return {"values": whole[positions], "positions": positions.to(torch.int32)}
 
-    def decode(wire: Tensors, like: Tensors) -> dict[str, Tensor]:
-        update = {}
-        for name, shape in like.items():
-            if not shape.is_floating_point():
-                update[name] = wire[name]
-                continue
-            values, positions = wire[f"{name}:values"], wire[f"{name}:positions"].long()
-            if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= shape.numel()):
-                raise Refused(f"'{name}' has a position outside of its {shape.numel()} values")
-            if bool((positions[1:] <= positions[:-1]).any()):
-                raise Refused(f"'{name}' has positions that do not rise")
-            whole = values.new_zeros(shape.numel(), dtype=shape.dtype)
-            update[name] = whole.index_put((positions,), values.to(shape.dtype)).view(shape.shape)
-        return update
+    return tensorwise(Codec(f"top {fraction:g}", pack, unpack, check), float(error_feedback))
 
-    return Transform(f"top {fraction:g}", encode, decode)
+
+def unpack(parts: Tensors, like: Tensor) -> Tensor:
+    """Return the tensor with the values in their places and 0 elsewhere."""
+    values = parts["values"].to(like.dtype)
+    whole = values.new_zeros(like.numel())
+    return whole.index_put((parts["positions"].long(),), values).view(like.shape)
+
+
+def check(name: str, parts: Tensors, like: Tensor) -> None:
+    """Refuse positions that are none, or that one could not tell apart from others."""
+    positions = parts["positions"]
+    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= like.numel()):
+        raise Refused(f"'{name}' has a position outside of its {like.numel()} values")
+    if bool((positions[1:] <= positions[:-1]).any()):
+        raise Refused(f"'{name}' has positions that do not rise")

@@ -26,6 +26,12 @@ SETTINGS = {
     "MALLOC_ARENA_MAX": "4",
     # A job that is over waits this long for a dead site's last word, not a quarter of an hour.
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15",
+    # For every answer received FLARE keeps a thread for as long as its sender might send it again.
+    "NVFLARE_STREAMING_RETRY_WAIT": "8",
+    "NVFLARE_STREAMING_RETRY_TIMEOUT": "12",
+    # Bytes in flight per message: less memory, and as fast with many at once.
+    "NVFLARE_STREAMING_WINDOW_SIZE": str(16 << 20),
+    "NVFLARE_STREAMING_ACK_INTERVAL": str(4 << 20),
     "PYTHONUNBUFFERED": "1",
 }
 

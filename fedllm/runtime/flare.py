@@ -8,6 +8,7 @@ where things are, never from the job.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import json
@@ -36,6 +37,9 @@ FOLDER, LOOP, DESK = "FEDLLM_FOLDER", "FEDLLM_LOOP", "FEDLLM_DESK"
 
 USUAL_LOOP = "fedllm.federation.lead:lead"
 STOP_SECONDS = 5.0
+
+SWEPT = 32 << 20
+"""Bytes of messages after which a process frees what is left of them."""
 
 
 class Lead:
@@ -77,9 +81,12 @@ class Relay:
         if collab.caller != "server" or not isinstance(data, bytes | bytearray):
             return encode({"error": "Only the server may ask a site.", "rule": "caller"})
         try:
-            return self.ask(bytes(data))
+            answer = self.ask(bytes(data))
+            sweep(len(data) + len(answer))
+            return answer
         except (OSError, EOFError) as error:
-            return encode({"error": f"The site's daemon does not answer ({type(error).__name__}).", "rule": ""})
+            # It may be starting anew, so whoever asks should ask again.
+            return encode({"unreachable": f"the site's daemon does not answer ({type(error).__name__})"})
 
     def ask(self, data: bytes) -> bytes:
         """Ask over a connection that is free, or over a new one."""
@@ -108,6 +115,31 @@ def only_bytes() -> None:
     """
     sys.modules.setdefault("nvflare.app_opt.pt.decomposers", None)  # type: ignore[arg-type]
     ConsumableBufferList.__repr__ = lambda self: f"{len(self)} buffers"
+
+
+class Sweep:
+    """Frees what FLARE keeps of large messages: cycles of a few objects, too few for the collector to wake up.
+
+    What is there before the first large message is set apart, so that looking for the rest takes milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self.passed, self.frozen, self.lock = 0, False, threading.Lock()
+
+    def __call__(self, size: int) -> None:
+        """Note a message of so many bytes."""
+        with self.lock:
+            self.passed += size
+            if self.passed < SWEPT:
+                return
+            self.passed = 0
+        gc.collect()
+        if not self.frozen:
+            self.frozen = True
+            gc.freeze()
+
+
+sweep = Sweep()
 
 
 class Wish:
@@ -166,12 +198,16 @@ def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], wish: Wis
             check()
             raise Unreachable(f"{site} does not answer ({error})") from error
         check()
+        sweep(len(body) + len(answer) if isinstance(answer, bytes | bytearray) else 0)
         if not isinstance(answer, bytes | bytearray):
             raise Unreachable(f"{site} answers with something that is not bytes")
         try:
-            return decode(bytes(answer))
+            told, content = decode(bytes(answer))
         except Refused as error:
             raise Unreachable(f"{site} answers with something that is not a message ({error})") from error
+        if "unreachable" in told:
+            raise Unreachable(f"{site} does not answer ({str(told['unreachable'])[:200]})")
+        return told, content
 
     return Line(call, lambda: list(proxies))
 

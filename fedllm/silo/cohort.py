@@ -5,14 +5,16 @@ Every shared matmul is then one large matmul, and only the low-rank part is a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from fedllm.core.types import Tensors
+from fedllm.core.types import Cohort, Reply, Request, Silo, Tensors
+from fedllm.silo.fit import Settings, step_count
+from fedllm.silo.inner import steps_made
 from fedllm.silo.trainables import trained
 
 
@@ -68,3 +70,26 @@ def stacked(model: nn.Module, values: Tensors) -> Iterator[Mapping[str, nn.Param
     finally:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
+
+
+def stack(tensors: Sequence[Tensors], device: torch.device) -> dict[str, Tensor]:
+    """Stack the members' tensors along a new first dimension C."""
+    return {name: torch.stack([each[name].to(device) for each in tensors]) for name in tensors[0]}
+
+
+def by_equal_steps(cohort: Cohort, settings: Settings) -> Cohort:
+    """Train those members of a cohort together that take the same number of steps, and took as many before."""
+
+    def grouped(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for place, (request, silo) in enumerate(members):
+            before = steps_made(silo.memory) if settings.inner.keep else ()
+            groups.setdefault((step_count(settings, silo.data), request.round, *before), []).append(place)
+        answers = {
+            place: each
+            for places in groups.values()
+            for place, each in zip(places, cohort([members[place] for place in places]), strict=True)
+        }
+        return [answers[place] for place in range(len(members))]
+
+    return grouped

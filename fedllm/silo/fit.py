@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedllm.core.seeds import derive
-from fedllm.core.types import Dataset, Request, Silo, Tensors
+from fedllm.core.types import NOTHING, Dataset, Request, Silo, Tensors
 from fedllm.silo.examples import collate, draws
+from fedllm.silo.inner import Inner, inner_optimiser, set_rate, what_to_keep
 from fedllm.silo.objective import Objective
 
 
@@ -23,18 +24,20 @@ class Settings(NamedTuple):
     epochs: float | None
     batch_size: int
     micro_batch: int
-    learning_rate: float
-    weight_decay: float
-    optimiser: Literal["adamw", "sgd"]
+    rounds: int
+    inner: Inner
     max_grad_norm: float
     proximal: float
 
 
 class Fit(NamedTuple):
-    """What training told: each member's mean loss a scored token, and all tokens it read."""
+    """What training told: each member's mean loss a scored token, all tokens it read, and those that were scored."""
 
     loss_C: list[float]
     tokens_C: list[int]
+    scored_C: list[int]
+    kept: Tensors
+    """The optimiser's state, if it is kept between rounds; moments have the dimension C where parameters do."""
 
 
 def step_count(settings: Settings, data: Dataset) -> int:
@@ -52,28 +55,31 @@ def fit(
     settings: Settings,
     objective: Objective,
     pad_id: int,
+    kept: Tensors = NOTHING,
 ) -> Fit:
     """Train `params`, which hold `start`, in place for one round of the members, who all take as many steps.
 
     With C members each parameter has a leading dimension C and the rows of a batch are grouped by
     member; a single member's parameters may be the model's own. The members' losses are summed, so
-    each one's gradient is exactly its own; clipping is per member.
+    each one's gradient is exactly its own; clipping is per member. The optimiser goes on from what was `kept` of it.
     """
     device = next(iter(params.values())).device
     steps, clients = step_count(settings, members[0][1].data), len(members)
+    first_step = members[0][0].round * steps
     streams = [
         draws(silo.data["train"], settings.batch_size, request.round * steps, steps, derive(silo.seed, "order"))
         for request, silo in members
     ]
-    optimiser = inner_optimiser(params, settings)
+    optimiser = inner_optimiser(params, settings.inner, kept)
     loss_C = torch.zeros(clients, device=device)
-    read = [0] * clients
+    read, scored = [0] * clients, [0] * clients
     model.train()
-    for drawn in zip(*streams, strict=True):
+    for step, drawn in enumerate(zip(*streams, strict=True), first_step):
+        set_rate(optimiser, settings.inner, step, settings.rounds * steps)
         optimiser.zero_grad(set_to_none=True)
-        scored_C = torch.tensor(
-            [sum(label >= 0 for row in rows for label in row.labels[1:]) for rows in drawn], device=device
-        )
+        now = [sum(label >= 0 for row in rows for label in row.labels[1:]) for rows in drawn]
+        scored = [before + more for before, more in zip(scored, now, strict=True)]
+        scored_C = torch.tensor(now, device=device)
         for first in range(0, settings.batch_size, settings.micro_batch):
             rows = [row for member in drawn for row in member[first : first + settings.micro_batch]]
             batch = collate(rows, pad_id, device)
@@ -86,24 +92,11 @@ def fit(
             clip_each(params, clients, settings.max_grad_norm)
         optimiser.step()
         tokens = [sum(len(row.input_ids) for row in rows) for rows in drawn]
-        read = [before + now for before, now in zip(read, tokens, strict=True)]
-        for (_, silo), now in zip(members, tokens, strict=True):
-            silo.tick(now)
+        read = [before + more for before, more in zip(read, tokens, strict=True)]
+        for (_, silo), more in zip(members, tokens, strict=True):
+            silo.tick(more)
     model.eval()
-    return Fit(loss_C.tolist(), read)
-
-
-def inner_optimiser(params: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """Return a fresh optimiser over the parameters."""
-    values = list(params.values())
-    if settings.optimiser == "sgd":
-        return torch.optim.SGD(values, settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(
-        values,
-        settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=values[0].device.type != "mps",
-    )
+    return Fit(loss_C.tolist(), read, scored, what_to_keep(optimiser, params) if settings.inner.keep else {})
 
 
 def pull_back(params: Mapping[str, nn.Parameter], start: Tensors, mu: float) -> None:
@@ -129,8 +122,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def stack(tensors: Sequence[Tensors], device: torch.device) -> dict[str, Tensor]:
-    """Stack the members' tensors along a new first dimension C."""
-    return {name: torch.stack([each[name].to(device) for each in tensors]) for name in tensors[0]}

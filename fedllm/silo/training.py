@@ -12,11 +12,13 @@ from typing import Literal
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError
+from fedllm.core.schedule import Schedule, Shape, require_schedule
 from fedllm.core.seeds import derive
 from fedllm.core.tensors import subtract
-from fedllm.core.types import Cohort, Reply, Request, Silo, Tensors, Work
-from fedllm.silo.cohort import stacked
-from fedllm.silo.fit import Fit, Settings, fit, seeded, stack, step_count
+from fedllm.core.types import Reply, Request, Silo, Tensors, Work
+from fedllm.silo.cohort import by_equal_steps, stack, stacked
+from fedllm.silo.fit import Fit, Settings, fit, seeded, step_count
+from fedllm.silo.inner import Inner, kept_of, stack_kept
 from fedllm.silo.objective import Objective
 from fedllm.silo.trainables import trained, write
 
@@ -32,14 +34,28 @@ def local_training(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     optimiser: Literal["adamw", "sgd"] = "adamw",
+    betas: tuple[float, float] = (0.9, 0.999),
+    keep_optimiser: bool = False,
+    schedule: Shape = "constant",
+    warmup: float = 0.0,
+    floor: float = 0.0,
+    rounds: int | None = None,
+    weight: Literal["examples", "tokens"] = "examples",
     max_grad_norm: float = 1.0,
     proximal: float = 0.0,
 ) -> Work:
     """Train for `steps` batches a round (10 if nothing is said) or for `epochs` passes over the silo's text.
 
     `micro_batch` rows are computed at a time and their gradients accumulated. Gradients are scaled
-    down to `max_grad_norm` (0: not at all). The optimiser starts afresh every round. The reply is
-    start - end, weighted by the silo's number of examples.
+    down to `max_grad_norm` (0: not at all). The optimiser starts afresh every round, or with
+    `keep_optimiser` goes on with the moments that stayed at the silo.
+
+    The learning rate rises over the first `warmup` steps (below 1: that share of all), then is `constant` or falls,
+    `linear` or as a `cosine`, to `floor` times itself over all steps of all `rounds`. Step i of round r is
+    number r * steps + i of the run, also for a silo that comes late or was away, and so is its batch.
+
+    The reply is start - end, weighted by the silo's number of `examples`, or by the `tokens` that it was scored on in
+    this round: then one step of SGD at every silo is one step on all their batches together.
     """
     if steps is not None and epochs is not None:
         raise FedllmError("client.steps and client.epochs are both set; keep one of them.")
@@ -47,14 +63,17 @@ def local_training(
     for key, value in sizes.items():
         if value is not None and value <= 0:
             raise FedllmError(f"client.{key} is {value}; it must be above 0.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise FedllmError(f"client.betas is {list(betas)}; both must be at least 0 and below 1.")
+    over = Schedule(schedule, warmup, floor)
+    require_schedule("client", over, rounds)
     settings = Settings(
         steps=10 if steps is None and epochs is None else steps,
         epochs=epochs,
         batch_size=batch_size,
         micro_batch=min(micro_batch or batch_size, batch_size),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        optimiser=optimiser,
+        rounds=rounds or 0,
+        inner=Inner(optimiser, learning_rate, betas, weight_decay, over, keep_optimiser),
         max_grad_norm=max_grad_norm,
         proximal=proximal,
     )
@@ -65,44 +84,30 @@ def local_training(
         start = {name: value.detach().clone() for name, value in params.items()}
         device = next(iter(params.values())).device
         with seeded(derive(silo.seed, "fit", request.round), device):
-            told = fit(silo.model, params, start, [(request, silo)], settings, objective, pad_id)
+            kept = silo.memory if keep_optimiser else {}
+            told = fit(silo.model, params, start, [(request, silo)], settings, objective, pad_id, kept)
         update = subtract(start, {name: value.detach() for name, value in params.items()})
-        return answer(request, silo, update, told, 0)
+        return answer(request, silo, update, told, 0, weight), told.kept
 
     def cohort(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         model = members[0][1].model
         start = stack([request.tensors for request, _ in members], next(model.parameters()).device)
         with stacked(model, start) as params:
-            told = fit(model, params, start, members, settings, objective, pad_id)
+            kept = stack_kept([silo.memory for _, silo in members]) if keep_optimiser else {}
+            told = fit(model, params, start, members, settings, objective, pad_id, kept)
             update = subtract(start, {name: value.detach() for name, value in params.items()})
+        each = [{name: value[place] for name, value in update.items()} for place in range(len(members))]
         return [
-            answer(request, silo, {name: value[place] for name, value in update.items()}, told, place)
+            (answer(request, silo, each[place], told, place, weight), kept_of(told.kept, place))
             for place, (request, silo) in enumerate(members)
         ]
 
     return Work(client, by_equal_steps(cohort, settings), lambda data: step_count(settings, data))
 
 
-def by_equal_steps(cohort: Cohort, settings: Settings) -> Cohort:
-    """Train those members of a cohort together that take the same number of steps."""
-
-    def grouped(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
-        groups: dict[int, list[int]] = {}
-        for place, (_, silo) in enumerate(members):
-            groups.setdefault(step_count(settings, silo.data), []).append(place)
-        answers = {
-            place: each
-            for places in groups.values()
-            for place, each in zip(places, cohort([members[place] for place in places]), strict=True)
-        }
-        return [answers[place] for place in range(len(members))]
-
-    return grouped
-
-
-def answer(request: Request, silo: Silo, update: dict[str, Tensor], told: Fit, place: int) -> tuple[Reply, Tensors]:
-    """Return a member's reply, its tensors where the request's were, and its memory, which is none."""
+def answer(request: Request, silo: Silo, update: dict[str, Tensor], told: Fit, place: int, weight: str) -> Reply:
+    """Return a member's reply, its tensors where the request's were."""
     home = {name: value.to(request.tensors[name].device) for name, value in update.items()}
-    weight = float(len(silo.data["train"]))
+    behind = float(len(silo.data["train"]) if weight == "examples" else told.scored_C[place])
     scalars = {"train_loss": told.loss_C[place], "tokens": told.tokens_C[place]}
-    return Reply(request.client, request.round, home, weight, scalars), {}
+    return Reply(request.client, request.round, home, behind, scalars)

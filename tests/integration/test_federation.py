@@ -90,9 +90,9 @@ def same_adapter(one, other):
 def worker_of(site_toml):
     """The process that works for a site."""
     for child in psutil.Process().children(recursive=True):
-        if "fedllm.app.worker" in child.cmdline() and child.environ().get("FEDLLM_SITE") == str(site_toml):
-            if not child.children():
-                return child
+        here = "fedllm.app.worker" in child.cmdline() and child.environ().get("FEDLLM_SITE") == str(site_toml)
+        if here and not child.children():
+            return child
     raise AssertionError("no worker")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -93,7 +92,7 @@ def federation(place: Path, slow: dict[str, Slow] | None = None, policies: dict[
         server = them["server"]
         (server.folder / "consortium.toml").write_text(
             f'name = "three"\nserver = {{ address = "{at["server"]}", port = 8002 }}\n'
-            f"admin = \"admin@example.org\"\nsites = {json.dumps(SITES)}\n"
+            f'admin = "admin@example.org"\nsites = {json.dumps(SITES)}\n'
         )
         server.types("federation", "init", "consortium.toml")
         for name in SITES:
@@ -122,13 +121,18 @@ def adapter(run: Path):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def adapter_or_model(run: Path):
+    """A run's result, whichever it is."""
+    return adapter(run) if (run / "adapter").exists() else load_file(run / "model" / "model.safetensors")
+
+
 def test_from_nothing_to_an_adapter_that_is_the_one_of_one_machine(tmp_path):
     prepare(tmp_path)
     with federation(tmp_path) as them:
         begun = time.monotonic()
         printed = them["server"].types("federation", "run", str(tmp_path / "recipe.toml"))
         seconds = time.monotonic() - begun
-        assert "averag" not in printed or "select and share" in printed
+        assert "select and share" in printed
         assert "round 2 of 2: 3 silos" in printed, printed
         far = adapter(them["server"].folder / "runs" / "tiny")
         audit = them["a"].types("site", "audit")

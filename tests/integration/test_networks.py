@@ -1,0 +1,106 @@
+"""Bad networks: a slow and lossy link, a cable pulled during a transfer, strangers at the port."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.integration.test_two_machines import RECIPE, SITES, adapter_or_model, federation, on_one_machine
+from tests.integration.test_two_machines import prepare as prepare_tiny
+from tests.networks import Slow, cut, mend, on, received_and_sent
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("nvflare", reason="the extra fedllm[federation] is not installed")
+
+
+def prepare(place):
+    """A model of some 10 MB whose weights are all trained, so that there is something to send."""
+    prepare_tiny(place)
+    tiny_model(layers=4, hidden=256).save_pretrained(place / "model")
+    recipe = RECIPE.format(model=place / "model").replace('name = "lora"\nr = 2', 'name = "full"')
+    (place / "recipe.toml").write_text(recipe + "[evaluate]\nalone = false\n")
+
+
+def wire(name, begin):
+    return tuple(now - before for now, before in zip(received_and_sent(name), begin, strict=True))
+
+
+def live(them):
+    return json.loads((them["server"].folder / "federation" / "runs" / "tiny" / "live.json").read_text())
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_site_behind_a_slow_and_lossy_link_takes_part(tmp_path):
+    prepare(tmp_path)
+    with federation(tmp_path, {"c": Slow(0.1, 0.01, 20)}) as them:
+        begin = {name: received_and_sent(name) for name in SITES}
+        printed = them["server"].types("federation", "run", str(tmp_path / "recipe.toml"), seconds=500)
+        assert "round 2 of 2: 3 silos" in printed, printed
+        sites = live(them)["sites"]
+        for name in SITES:
+            down, up = wire(name, begin[name])
+            told = sites[name]
+            print(
+                f"{name}: received {down / told['bytes_down']:.3f}, sent {up / told['bytes_up']:.3f} times the payload"
+            )
+            assert down < 1.10 * told["bytes_down"] and up < 1.10 * told["bytes_up"]
+        far = adapter_or_model(them["server"].folder / "runs" / "tiny")
+    assert same(adapter_or_model(on_one_machine(tmp_path)), far)
+
+
+def test_a_cable_that_is_pulled_during_a_transfer_costs_a_piece_and_not_the_round(tmp_path):
+    prepare(tmp_path)
+    with federation(tmp_path, {"b": Slow(0.01, 0.0, 20)}) as them:
+        begin = received_and_sent("b")
+
+        def pull():
+            """Pull b's cable in the middle of a large payload, twice."""
+            for megabytes in (6, 20):
+                while received_and_sent("b")[0] - begin[0] < megabytes * 10**6:
+                    time.sleep(0.05)
+                cut("b")
+                time.sleep(8)
+                mend("b")
+
+        puller = threading.Thread(target=pull, daemon=True)
+        puller.start()
+        printed = them["server"].types("federation", "run", str(tmp_path / "recipe.toml"), seconds=500)
+        assert "round 2 of 2: 3 silos" in printed, printed
+        puller.join(1)
+        down, _ = wire("b", begin)
+        told = live(them)["sites"]["b"]
+        print(f"b: received {down / told['bytes_down']:.3f} times the payload")
+        assert not puller.is_alive()
+        far = adapter_or_model(them["server"].folder / "runs" / "tiny")
+    assert same(adapter_or_model(on_one_machine(tmp_path)), far)
+
+
+def test_garbage_at_the_port_breaks_nothing(tmp_path):
+    prepare_tiny(tmp_path)
+    shout = (
+        "import socket, os, sys, time\n"
+        "end = time.time() + 40\n"
+        "while time.time() < end:\n"
+        "    try:\n"
+        "        s = socket.create_connection((sys.argv[1], 8002), 2)\n"
+        "        s.settimeout(0.5)\n"
+        "        s.sendall(os.urandom(200_000)); s.close()\n"
+        "    except OSError: pass\n"
+    )
+    with federation(tmp_path) as them:
+        stranger = subprocess.Popen(on("c", sys.executable, "-c", shout, "10.231.7.1"), env=dict(os.environ))
+        printed = them["server"].types("federation", "run", str(tmp_path / "recipe.toml"))
+        stranger.kill()
+        stranger.wait()
+        assert "round 2 of 2: 3 silos" in printed, printed
