@@ -14,7 +14,7 @@ WHERE = {
     "fedllm.core.round": ["averaging"],
     "fedllm.core.plan": ["plan"],
     "fedllm.core.aggregate": ["mean"],
-    "fedllm.core.optimisers": ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"],
+    "fedllm.core.optimisers": ["fedavg", "fedavgm", "nesterov", "fedadagrad", "fedadam", "fedyogi"],
     "fedllm.exchange.select": ["everyone", "fixed_size", "poisson"],
     "fedllm.exchange.clip": ["clip"],
     "fedllm.exchange.cast": ["cast"],

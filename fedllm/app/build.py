@@ -99,7 +99,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         work=work,
         select=select,
         aggregate=make("aggregate", recipe.aggregate),
-        optimiser=make("optimiser", recipe.optimiser),
+        optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
+        share=make("share", recipe.share, rounds=recipe.rounds),
         transforms=[make("transforms", part) for part in recipe.transforms],
         probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
     )
@@ -116,7 +117,8 @@ def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: A
     """Return a recipe's local training, with other settings where given."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    return make("client", part, objective, pad)
+    # Whoever says how many steps trains in one go, and its learning rate runs its course in it.
+    return make("client", part, objective, pad, rounds=1 if "steps" in changes else recipe.rounds)
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
-from fedllm.exchange import cast, clip, select, top_k
+from fedllm.core.round import everything
+from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
 from fedllm.silo import partition, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
@@ -31,15 +32,23 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "client": {"local_training": training.local_training},
     "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
+    "share": {"everything": everything, "fragments": fragments.fragments},
     "aggregate": {"mean": aggregate.mean},
     "optimiser": {
         "fedavg": optimisers.fedavg,
         "fedavgm": optimisers.fedavgm,
+        "nesterov": optimisers.nesterov,
         "fedadagrad": optimisers.fedadagrad,
         "fedadam": optimisers.fedadam,
         "fedyogi": optimisers.fedyogi,
     },
-    "transforms": {"clip": clip.clip, "cast": cast.cast, "top_k": top_k.top_k},
+    "transforms": {
+        "clip": clip.clip,
+        "cast": cast.cast,
+        "top_k": top_k.top_k,
+        "quantise": quantise.quantise,
+        "dct": dct.dct,
+    },
     "partition": {
         "by_column": partition.by_column,
         "iid": partition.iid,

@@ -95,6 +95,7 @@ class Recipe(Closed):
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
     select: dict[str, Any] = {"name": "everyone"}
+    share: dict[str, Any] = {"name": "everything"}
     aggregate: dict[str, Any] = {"name": "mean"}
     optimiser: dict[str, Any] = {"name": "fedavg"}
     transforms: list[dict[str, Any]] = []
@@ -129,7 +130,7 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Seque
     table = dict(source) if isinstance(source, Mapping) else read_toml(Path(source))
     for setting in settings:
         table = with_setting(table, setting)
-    for kind in ("task", "trainable", "select", "aggregate", "optimiser", "partition"):
+    for kind in ("task", "trainable", "select", "share", "aggregate", "optimiser", "partition"):
         if isinstance(table.get(kind), str):
             table[kind] = {"name": table[kind]}
         if isinstance(table.get(kind), Mapping) and "name" not in table[kind]:

@@ -131,7 +131,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if kept := load_checkpoint(folder):
         home = next(iter(parts.params.values())).device
         state = State(kept.state.round, *({n: v.to(home) for n, v in part.items()} for part in kept.state[1:]))
-        memory.update(kept.memory)
+        memory.update({name: {n: v.to(home) for n, v in each.items()} for name, each in kept.memory.items()})
     events = trim_events(folder, state.round)
     done = {event["event"] for event in events}
     if "start" not in done:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Cut, Tensors, Transform
-from fedllm.exchange.error_feedback import Codec, tensorwise, unbounded
+from fedllm.exchange.error_feedback import Codec, tensorwise
 
 
 def dct(keep: int = 32, chunk: int = 64, beta: float = 0.999, sign: bool = False) -> Transform:
@@ -51,7 +51,7 @@ def dct(keep: int = 32, chunk: int = 64, beta: float = 0.999, sign: bool = False
             raise Refused(f"'{name}' has positions that do not rise")
 
     made = tensorwise(Codec(f"DCT {keep} of {chunk}x{chunk}", pack, unpack, check), beta)
-    return made._replace(finish=signs, decoded=unbounded) if sign else made
+    return made._replace(finish=signs) if sign else made
 
 
 def signs(mean: Tensors, state: Tensors, cut: Cut) -> tuple[Tensors, Tensors]:

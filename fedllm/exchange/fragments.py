@@ -58,7 +58,8 @@ def fragments(
         raise FedllmError("share has no fragment; set share.count to 1 or more, or name its layers in share.layers.")
     if not 0 <= delay < size:
         raise FedllmError(
-            f"share.delay is {delay} and every fragment's turn comes after {size} rounds; it must be at least 0 and less."
+            f"share.delay is {delay} but each fragment has its turn every {size} rounds; it must be at least 0 and "
+            "below that."
         )
     if not 0 <= whole < 1:
         raise FedllmError(f"share.mixing is {whole:g}; it must be at least 0 and below 1.")
@@ -82,33 +83,38 @@ def fragments(
         return state.params if known is None else decided(state.params, int(known), state.round - 1 - delay)
 
     def note(state: State, asked: Sequence[str], answered: Set[str]) -> Tensors:
-        before = below("share", state.transforms)
-        fresh = {name: torch.tensor(known_after(state.round, before.get(name), delay)) for name in answered}
-        return {**{name: value for name, value in before.items() if name not in asked}, **dict(sorted(fresh.items()))}
+        kept = {name: value for name, value in below("share", state.transforms).items() if name not in asked}
+        for name in sorted(answered):
+            # With the whole model a silo has the outcome of all rounds, also of those that others wait for.
+            late = 0 if down(state, name).keys() == state.params.keys() else delay
+            kept[name] = torch.tensor(state.round - 1 - late)
+        return kept
 
     def begin(request: Request, silo: Silo) -> Begun:
-        memory = silo.memory
-        known = memory.get("known")
-        inner = silo._replace(memory=below("inner", memory))
+        memory, known = silo.memory, silo.memory.get("known")
+        inner, sent = silo._replace(memory=below("inner", memory)), request.tensors
         if known is None:
-            if request.tensors.keys() != {n for n, v in silo.model.named_parameters() if v.requires_grad}:
+            if sent.keys() != {name for name, value in silo.model.named_parameters() if value.requires_grad}:
                 raise Refused("it remembers nothing of this run and was sent a part of the model; it is sent all next")
-            return Begun(request, inner, request.tensors, known_after(request.round, None, delay))
+            return Begun(request, inner, {name: value.clone() for name, value in sent.items()}, request.round - 1)
         own, anchor = below("own", memory), below("anchor", memory)
-        due = decided(own, int(known), request.round - 1 - delay)
-        if not due.keys() <= request.tensors.keys():
+        until = request.round - 1 - (0 if sent.keys() == own.keys() else delay)
+        due = decided(own, int(known), until)
+        if not due.keys() <= sent.keys():
             raise Refused("it remembers an earlier round than the server believes; it is sent the whole model next")
-        come = {name: request.tensors[name] for name in due}
+        # Copies, since they are remembered and what is sent may be what the server itself holds.
+        come = {name: sent[name].clone() for name in due}
         start = {**own, **{name: mixed(own[name], value, whole) for name, value in come.items()}}
-        after = known_after(request.round, known, delay)
-        return Begun(request._replace(tensors=start), inner, {**anchor, **come}, after)
+        return Begun(request._replace(tensors=start), inner, {**anchor, **come}, max(int(known), until))
 
     def end(begun: Begun, reply: Reply, inner: Tensors) -> tuple[Reply, Tensors]:
         start, anchor = begun.request.tensors, begun.anchor
         # In this order: where training began at the anchor the reply is the update to the bit.
-        sent = {
-            name: (anchor[name] - start[name]) + value for name, value in up(begun.request.round, reply.tensors).items()
-        }
+        part = up(begun.request.round, reply.tensors)
+        sent = {name: (anchor[name] - start[name]) + value for name, value in part.items()}
+        if not all(bool(value.isfinite().all()) for value in reply.tensors.values()):
+            # Weights that are lost would spoil every round to come: the silo begins again from the whole model.
+            return reply._replace(tensors=sent), {}
         own = subtract(start, {name: reply.tensors[name] for name in start})
         kept = {**under("own", own), **under("anchor", anchor), **under("inner", inner)}
         return reply._replace(tensors=sent), {**kept, "known": torch.tensor(begun.known)}
@@ -132,12 +138,6 @@ def fragments(
     return Share(name, down, up, lambda number: str(number % size), size, work, note)
 
 
-def known_after(number: int, known: Tensor | None, delay: int) -> int:
-    """Return the last round whose outcome a silo has by the end of round `number`; with the whole model it has all."""
-    return number - 1 if known is None else max(int(known), number - 1 - delay)
-
-
 def mixed(own: Tensor, come: Tensor, mixing: float) -> Tensor:
     """Return mixing * own + (1 - mixing) * come, and nothing of the own at 0."""
-    come = come.to(own.device)
     return own * mixing + come * (1 - mixing) if mixing else come

@@ -49,6 +49,8 @@ def by_pattern(count: int, pattern: Literal["strided", "sequential"], embeddings
 def by_layer(lists: Sequence[Sequence[int]], embeddings: Embeddings) -> Groups:
     """Group the layers as the lists say; what belongs to no layer goes with the first list or is a group after all."""
     place = {layer: number for number, layers in enumerate(lists) for layer in layers}
+    if twice := [layer for layer in place if sum(layer in layers for layers in lists) > 1]:
+        raise FedllmError(f"share.layers has layer {twice[0]} in two fragments; keep it in one.")
 
     def groups(names: Iterable[str]) -> dict[str, int]:
         every = {name: layer_of(name) for name in names}

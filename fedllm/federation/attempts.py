@@ -17,7 +17,7 @@ STEADY = 2.0
 REGROUP = 15.0
 """Seconds that an attempt may work before it can end for a site that is back: a site that comes and goes costs no more."""
 
-QUICK, TRIES = 20.0, 3
+QUICK, TRIES = 20.0, 6
 """An attempt that ends within so many seconds and without a round done is a failure; so many in a row end the run."""
 
 STUCK = 90.0

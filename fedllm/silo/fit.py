@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedllm.core.seeds import derive
 from fedllm.core.types import NOTHING, Dataset, Request, Silo, Tensors

@@ -54,6 +54,11 @@ def what_to_keep(optimiser: torch.optim.Optimizer, params: Mapping[str, nn.Param
     return {f"{key}/{name}": own for name, value in params.items() for key, own in optimiser.state[value].items()}
 
 
+def sound(kept: Tensors) -> Tensors:
+    """Return what was kept, or nothing if a moment is not finite: it would spoil every round to come."""
+    return kept if all(bool(own.isfinite().all()) for own in kept.values()) else {}
+
+
 def set_rate(optimiser: torch.optim.Optimizer, inner: Inner, step: int, total: int) -> None:
     """Set the learning rate for a step of the run, counted from 0, of `total`."""
     for group in optimiser.param_groups:

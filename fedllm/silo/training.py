@@ -18,7 +18,7 @@ from fedllm.core.tensors import subtract
 from fedllm.core.types import Reply, Request, Silo, Tensors, Work
 from fedllm.silo.cohort import by_equal_steps, stack, stacked
 from fedllm.silo.fit import Fit, Settings, fit, seeded, step_count
-from fedllm.silo.inner import Inner, kept_of, stack_kept
+from fedllm.silo.inner import Inner, kept_of, sound, stack_kept
 from fedllm.silo.objective import Objective
 from fedllm.silo.trainables import trained, write
 
@@ -87,7 +87,7 @@ def local_training(
             kept = silo.memory if keep_optimiser else {}
             told = fit(silo.model, params, start, [(request, silo)], settings, objective, pad_id, kept)
         update = subtract(start, {name: value.detach() for name, value in params.items()})
-        return answer(request, silo, update, told, 0, weight), told.kept
+        return answer(request, silo, update, told, 0, weight), sound(told.kept)
 
     def cohort(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         model = members[0][1].model
@@ -98,7 +98,7 @@ def local_training(
             update = subtract(start, {name: value.detach() for name, value in params.items()})
         each = [{name: value[place] for name, value in update.items()} for place in range(len(members))]
         return [
-            (answer(request, silo, each[place], told, place, weight), kept_of(told.kept, place))
+            (answer(request, silo, each[place], told, place, weight), sound(kept_of(told.kept, place)))
             for place, (request, silo) in enumerate(members)
         ]
 

@@ -11,7 +11,7 @@ from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedadam, fedavg
 from fedllm.core.round import averaging
-from fedllm.core.types import Cut, Middleware, Probe, Reply, Request, Silo, State, Transform, Work
+from fedllm.core.types import Cut, Middleware, Probe, Reply, Request, Share, Silo, State, Transform, Work
 
 PARAMS = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([0.5])}
 NAMES = ["a", "b", "c"]
@@ -164,8 +164,11 @@ def test_the_server_changes_nothing_that_it_is_given():
     assert all(torch.equal(reply.tensors[k], update(n)[k]) for n, reply in enumerate(answers, 1) for k in PARAMS)
 
 
+only_b = Share("b", lambda state, client: {"b": state.params["b"]}, lambda number, params: {"b": params["b"]})
+
+
 def test_only_what_is_shared_is_asked_for_and_changed():
-    algorithm = build(share=lambda state: {"b": state.params["b"]}, optimiser=fedadam())
+    algorithm = build(share=only_b, optimiser=fedadam())
     asked = []
 
     def exchange(requests):
