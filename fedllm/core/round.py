@@ -109,7 +109,7 @@ def averaging(
         memory |= under("share", share.note(state, asked, set(asked) - waiting))
         cut = Cut(state.round, answered, weight)
         for place, transform in reversed(list(enumerate(transforms))):
-            label = label_of(place, transform, share, state.round)
+            label = f"{place}.{transform.name}"
             mean, kept = transform.finish(mean, below(label, memory), cut)
             memory |= under(label, kept)
         params, optimiser_state = optimiser.step(state.params, mean, state.optimiser)
@@ -117,8 +117,8 @@ def averaging(
             report |= probe.done(look)
         return State(state.round + 1, params, optimiser_state, memory), report
 
-    client = encoding(work.client, transforms, share)
-    cohort = encoding_cohort(work.cohort, transforms, share) if work.cohort else None
+    client = encoding(work.client, transforms)
+    cohort = encoding_cohort(work.cohort, transforms) if work.cohort else None
     for layer in reversed(middleware):
         if layer.client:
             # A client half may send messages of its own, which a batch of clients cannot.
@@ -148,12 +148,6 @@ def parts_of(share: Share, like: Tensors) -> Iterator[Tensors]:
 def largest(each: Iterable[Tensors]) -> Tensors:
     """Return those of the tensors that have the most bytes."""
     return max(each, key=lambda tensors: sum(value.nbytes for value in tensors.values()))
-
-
-def label_of(place: int, transform: Transform, share: Share, number: int) -> str:
-    """Return under what a transform's memory stands: its own for every part of the parameters."""
-    part = share.part(number)
-    return f"{place}.{transform.name}{'@' * bool(part)}{part}"
 
 
 def wire_stages(transforms: Sequence[Transform], like: Tensors) -> list[Tensors]:
@@ -191,41 +185,34 @@ def accept(
     return update
 
 
-def encode_all(
-    reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform], share: Share
-) -> tuple[Reply, Tensors]:
+def encode_all(reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform]) -> tuple[Reply, Tensors]:
     """Pass a client's update through the transforms, each with its own part of the silo's memory."""
-    labels = [label_of(place, transform, share, reply.round) for place, transform in enumerate(transforms)]
-    replaced = ("work/", *(f"{label}/" for label in labels))
-    kept = {name: value for name, value in silo.memory.items() if not name.startswith(replaced)}
-    kept |= under("work", memory)
-    update = reply.tensors
-    for place, (label, transform) in enumerate(zip(labels, transforms, strict=True)):
+    kept, update = under("work", memory), reply.tensors
+    for place, transform in enumerate(transforms):
+        label = f"{place}.{transform.name}"
         seed = derive(silo.seed, "encode", reply.round, place)
         update, own = transform.encode(update, below(label, silo.memory), seed)
         kept |= under(label, own)
     return reply._replace(tensors=update), kept
 
 
-def encoding(client: Client, transforms: Sequence[Transform], share: Share | None = None) -> Client:
+def encoding(client: Client, transforms: Sequence[Transform]) -> Client:
     """Let a client encode what it replies."""
-    share = share or everything()
 
     def encoded(request: Request, silo: Silo) -> tuple[Reply, Tensors]:
         reply, memory = client(request, silo._replace(memory=below("work", silo.memory)))
-        return encode_all(reply, memory, silo, transforms, share)
+        return encode_all(reply, memory, silo, transforms)
 
     return encoded
 
 
-def encoding_cohort(cohort: Cohort, transforms: Sequence[Transform], share: Share | None = None) -> Cohort:
+def encoding_cohort(cohort: Cohort, transforms: Sequence[Transform]) -> Cohort:
     """Let every client of a batch encode what it replies."""
-    share = share or everything()
 
     def encoded(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         bare = [(request, silo._replace(memory=below("work", silo.memory))) for request, silo in members]
         return [
-            encode_all(reply, memory, silo, transforms, share)
+            encode_all(reply, memory, silo, transforms)
             for (reply, memory), (_, silo) in zip(cohort(bare), members, strict=True)
         ]
 

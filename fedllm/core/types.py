@@ -199,16 +199,14 @@ def all_of_it(state: State, client: str) -> Tensors:
 class Share(NamedTuple):
     """What of the parameters travels: down to one client, and up from every client of a round.
 
-    `up(round, params)` picks among tensors of any names and raises `FedllmError` where a name would never have its
-    turn. `part(round)` names what it picks, so that a transform remembers each part apart; the parts come round every
-    `period` rounds. `work` is the client's half: it may keep weights of its own between rounds.
-    `note(state, asked, answered)` is what the server remembers of its clients.
+    `up(round, params)` picks the same names every `period` rounds, in the order they have there, and raises
+    `FedllmError` where a name would never have its turn. `work` is the client's half: it may keep weights of its own
+    between rounds. `note(state, asked, answered)` is what the server remembers of its clients.
     """
 
     name: str
     down: Callable[[State, str], Tensors] = all_of_it
     up: Callable[[int, Tensors], Tensors] = lambda number, params: params
-    part: Callable[[int], str] = lambda number: ""
     period: int = 1
     work: Callable[[Work], Work] = lambda work: work
     note: Callable[[State, Sequence[str], Set[str]], Tensors] = lambda state, asked, answered: {}

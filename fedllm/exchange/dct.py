@@ -101,7 +101,7 @@ def backward(coefficients_Nyx: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def cosines(side: int) -> Tensor:
-    """Return the orthonormal DCT-II matrix in float64: C[k, i] = sqrt(2 / n) cos(pi (2 i + 1) k / 2 n), row 0 / sqrt(2)."""
+    """Return the orthonormal DCT-II matrix in float64: C[k, i] = sqrt(2/n) cos(pi (2i + 1) k / 2n), row 0 / sqrt(2)."""
     i, k = torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64)[:, None]
     matrix = math.sqrt(2 / side) * torch.cos(math.pi * (2 * i + 1) * k / (2 * side))
     matrix[0] /= math.sqrt(2)

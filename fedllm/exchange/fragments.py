@@ -51,7 +51,7 @@ def fragments(
     Raises:
         FedllmError: now or when the plan is made, if a layer or the whole run would be left out.
     """
-    whole = mixing if mixing is not None else 0.5 if delay else 0.0
+    alpha = mixing if mixing is not None else 0.5 if delay else 0.0
     size = (len(layers) if layers is not None else count) + (embeddings == "apart")
     groups = by_pattern(count, pattern, embeddings) if layers is None else by_layer(layers, embeddings)
     if count < 1 or not size:
@@ -61,8 +61,8 @@ def fragments(
             f"share.delay is {delay} but each fragment has its turn every {size} rounds; it must be at least 0 and "
             "below that."
         )
-    if not 0 <= whole < 1:
-        raise FedllmError(f"share.mixing is {whole:g}; it must be at least 0 and below 1.")
+    if not 0 <= alpha < 1:
+        raise FedllmError(f"share.mixing is {alpha:g}; it must be at least 0 and below 1.")
     if rounds is not None and rounds < size:
         raise FedllmError(
             f"The run has {rounds} rounds and share takes {size} until every layer has had its turn; set rounds to at "
@@ -83,11 +83,13 @@ def fragments(
         return state.params if known is None else decided(state.params, int(known), state.round - 1 - delay)
 
     def note(state: State, asked: Sequence[str], answered: Set[str]) -> Tensors:
-        kept = {name: value for name, value in below("share", state.transforms).items() if name not in asked}
+        before = below("share", state.transforms)
+        kept = {name: value for name, value in before.items() if name not in asked}
         for name in sorted(answered):
             # With the whole model a silo has the outcome of all rounds, also of those that others wait for.
             late = 0 if down(state, name).keys() == state.params.keys() else delay
-            kept[name] = torch.tensor(state.round - 1 - late)
+            until = state.round - 1 - late
+            kept[name] = torch.tensor(max(until, int(before.get(name, until))))
         return kept
 
     def begin(request: Request, silo: Silo) -> Begun:
@@ -104,7 +106,7 @@ def fragments(
             raise Refused("it remembers an earlier round than the server believes; it is sent the whole model next")
         # Copies, since they are remembered and what is sent may be what the server itself holds.
         come = {name: sent[name].clone() for name in due}
-        start = {**own, **{name: mixed(own[name], value, whole) for name, value in come.items()}}
+        start = {**own, **{name: mixed(own[name], value, alpha) for name, value in come.items()}}
         return Begun(request._replace(tensors=start), inner, {**anchor, **come}, max(int(known), until))
 
     def end(begun: Begun, reply: Reply, inner: Tensors) -> tuple[Reply, Tensors]:
@@ -134,8 +136,8 @@ def fragments(
 
         return work._replace(client=client, cohort=cohort if together else None)
 
-    name = f"{size} fragments{f', {delay} late, mixed by {whole:g}' if delay else ''}"
-    return Share(name, down, up, lambda number: str(number % size), size, work, note)
+    name = f"{size} fragments{f', {delay} late, mixed by {alpha:g}' if delay else ''}"
+    return Share(name, down, up, size, work, note)
 
 
 def mixed(own: Tensor, come: Tensor, mixing: float) -> Tensor:

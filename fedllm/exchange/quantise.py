@@ -13,6 +13,8 @@ from fedllm.core.seeds import generator
 from fedllm.core.types import Tensors, Transform
 from fedllm.exchange.error_feedback import Codec, tensorwise, unbounded
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def quantise(
     bits: Literal[4, 8] = 8,
@@ -34,8 +36,9 @@ def quantise(
     def pack(value: Tensor, seed: int) -> dict[str, Tensor]:
         blocks = in_blocks(value.float(), block)
         scales = rounded_up(blocks.abs().amax(1) / largest)
-        # Where all of a block is 0, or too small for a scale, 0 is sent.
-        steps = (blocks / scales.float().clamp(min=1e-45)[:, None]).flatten()[: value.numel()]
+        # Of a block that is 0, or so small that its scale has no inverse, nothing is sent.
+        inverse = torch.where(scales > TINY, 1 / scales.float(), 0.0)
+        steps = (blocks * inverse[:, None]).flatten()[: value.numel()]
         codes = (steps + chance(steps, seed)).floor() if stochastic else steps.round()
         codes = codes.clamp(-largest, largest).to(torch.int8)
         return {"codes": codes if bits == 8 else two_a_byte(codes), "scales": scales}

@@ -23,7 +23,6 @@ SETTINGS = {
         {},
         {"bits": 4, "block": 3},
         {"bits": 4, "stochastic": True},
-        {"bits": 4, "error_feedback": False},
         {"block": 1, "stochastic": True, "error_feedback": False},
     ],
     "dct": [{}, {"keep": 3, "chunk": 4}, {"keep": 2, "chunk": 20, "beta": 0.0}, {"keep": 10**9, "sign": True}],
@@ -49,7 +48,7 @@ def test_every_transform_of_the_catalogue_is_under_these_laws():
 
 
 @EVERY
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(LIKE)
 def test_decoding_what_was_encoded_keeps_names_shapes_and_dtypes(part, like):
     transform = make("transforms", part)
@@ -60,7 +59,7 @@ def test_decoding_what_was_encoded_keeps_names_shapes_and_dtypes(part, like):
 
 
 @EVERY
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(LIKE)
 def test_inputs_are_never_changed(part, like):
     transform = make("transforms", part)
@@ -76,7 +75,7 @@ def test_inputs_are_never_changed(part, like):
 
 
 @EVERY
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(LIKE)
 def test_shapes_alone_say_what_travels(part, like):
     transform = make("transforms", part)
@@ -179,14 +178,13 @@ def test_what_error_feedback_keeps_stays_bounded_so_that_the_mean_comes_to_be_ri
 
 
 @EVERY
-@settings(deadline=None, max_examples=20)
-@given(LIKE)
-def test_what_a_round_does_not_update_is_remembered(part, like):
+def test_what_a_round_does_not_update_is_remembered(part):
     transform = make("transforms", part)
-    update = draw_update(*like)
+    update = draw_update([(3, 4), (5,)], [torch.float32] * 2, 0)
     _, memory = transform.encode(update, {}, 0)
-    _, after = transform.encode({}, memory, 1)
-    assert after.keys() == memory.keys() and all(torch.equal(after[name], memory[name]) for name in memory)
+    _, after = transform.encode({"layer.1": update["layer.1"]}, memory, 1)
+    assert set(memory) == set(after) == (set(update) if remembers(part) else set())
+    assert not memory or torch.equal(after["layer.0"], memory["layer.0"])
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if moves(part)], ids=str)
@@ -208,33 +206,30 @@ def test_what_is_not_finite_is_refused_and_spoils_no_later_round(part, value):
 HOSTILE = [float("nan"), float("inf"), -float("inf"), 3e38, 1e30, -1.0, 0.0, 2.0**31, 7.0]
 
 
-@settings(deadline=None, max_examples=300)
+def spoiled(value, how, draw):
+    """A part of a message as a hostile silo would have it."""
+    if how == "dtype":
+        return value.to(torch.float64)
+    if how == "shape":
+        return value.flatten()[: draw(st.integers(0, value.numel() - 1))]
+    if value.is_floating_point():
+        numbers = st.sampled_from(HOSTILE)
+    else:
+        numbers = st.integers(torch.iinfo(value.dtype).min, torch.iinfo(value.dtype).max)
+    drawn = torch.tensor(draw(st.lists(numbers, min_size=1, max_size=5)))
+    return drawn.repeat(value.numel())[: value.numel()].view_as(value).to(value.dtype)
+
+
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from([part for part in PARTS if moves(part)]), st.data())
 def test_whatever_a_silo_sends_is_refused_or_becomes_a_finite_update(part, data):
     transform = make("transforms", part)
     update = draw_update([(5, 7), (3,)], [torch.float32] * 2, 0)
     wire = dict(transform.encode(update, {}, 0)[0])
-    for name in data.draw(st.lists(st.sampled_from(sorted(wire)), min_size=1, max_size=2)):
-        value = wire[name]
-        match data.draw(st.sampled_from(["values", "dtype", "shape", "gone", "extra"])):
-            case "values" if value.is_floating_point():
-                drawn = data.draw(st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3))
-                wire[name] = torch.tensor(drawn).to(value.dtype).repeat(value.numel())[: value.numel()].view_as(value)
-            case "values":
-                info = torch.iinfo(value.dtype)
-                drawn = data.draw(st.lists(st.integers(info.min, info.max), min_size=1, max_size=5))
-                wire[name] = torch.tensor(drawn).repeat(value.numel())[: value.numel()].view_as(value).to(value.dtype)
-            case "dtype":
-                wire[name] = value.to(torch.float64)
-            case "shape":
-                wire[name] = value.flatten()[: data.draw(st.integers(0, value.numel() - 1))]
-            case "gone":
-                wire.pop(name)
-            case "extra":
-                wire["more"] = value
-        wire = wire or {"more": torch.zeros(1)}
-        if name not in wire:
-            break
+    for name in data.draw(st.lists(st.sampled_from(sorted(wire)), min_size=1, max_size=2, unique=True)):
+        wire[name] = spoiled(wire[name], data.draw(st.sampled_from(["values", "dtype", "shape"])), data.draw)
+    for name in data.draw(st.lists(st.sampled_from(sorted(wire)), max_size=1)):
+        wire[data.draw(st.sampled_from(["more", name]))] = wire.pop(name)
     try:
         found = transform.decode(wire, update)
     except Refused:
