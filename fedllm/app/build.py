@@ -116,9 +116,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
 def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:
     """Return a recipe's local training, with other settings where given."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if "steps" in changes:
+        # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
+        changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    # Whoever says how many steps trains in one go, and its learning rate runs its course in it.
-    return make("client", part, objective, pad, rounds=1 if "steps" in changes else recipe.rounds)
+    return make("client", part, objective, pad, rounds=recipe.rounds)
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:

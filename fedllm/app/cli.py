@@ -52,11 +52,20 @@ def run(recipe: RecipeFile, settings: Settings = [], out_folder: Out = None) -> 
 @app.command()
 def plan(recipe: RecipeFile, settings: Settings = []) -> None:  # noqa: B006
     """Print the round that a recipe makes, its sizes and its memory; nothing runs."""
+    from tempfile import TemporaryDirectory
+
     from fedllm.app.build import build
     from fedllm.app.plan_view import plan_lines
+    from fedllm.app.progress import Ui
+    from fedllm.app.scratch import start as start_from_nothing
 
-    for line in plan_lines(build(recipe_of(recipe, settings), weights=False)):
-        say(line)
+    read = recipe_of(recipe, settings)
+    with TemporaryDirectory() as apart:
+        if read.scratch:
+            start_from_nothing(read, Path(apart), Ui(None))
+            read = read.model_copy(update={"model": apart})
+        for line in plan_lines(build(read, weights=False)):
+            say(line)
 
 
 @app.command()

@@ -66,12 +66,17 @@ def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]
 
 
 def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, Any]:
-    """Train on all text in one place for as many steps as all silos took, and look at what was learned."""
+    """Train on all text in one place, on as much of it as all silos read, and look at what was learned."""
     begun, silos = time.perf_counter(), parts.silos
-    steps = sum(count * parts.work().steps(silos.examples(name)) for name, count in rounds.items())
+    each = {name: count * parts.work().steps(silos.examples(name)) for name, count in rounds.items()}
+    steps, changes = sum(each.values()), dict[str, Any]()
+    if parts.recipe.evaluate.pooled == "data_parallel":
+        rows = int(parts.recipe.client.get("batch_size", 8))
+        together = round(steps / max(each.values()))
+        steps, changes = max(each.values()), {"batch_size": rows * together, "micro_batch": rows}
     seed = derive(parts.recipe.seed, "silo", POOLED)
     everything = Silo(POOLED, parts.model, silos.pooled(), {}, seed, ui.tick)
-    work = parts.work(steps=steps, epochs=None)
+    work = parts.work(steps=steps, epochs=None, **changes)
     with ui.part("pooled", steps, counts=True):
         ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
     with ui.part("held-out loss", evaluation_steps(parts)):

@@ -53,14 +53,31 @@ class Evaluate(Closed):
     batch_size: int = Field(16, gt=0)
     alone: bool = True
     """Train each silo alone with the same budget."""
-    pooled: bool = False
-    """Train on everything in one place: only where the texts may be shared."""
+    pooled: bool | Literal["data_parallel"] = False
+    """Train on everything in one place, only where the texts may be shared: one batch after the other, or as many
+    steps as a silo takes on the batches of all together (`data_parallel`)."""
     choice: dict[str, str] = {}
     """Multiple-choice files by name, scored before and after."""
     exact: dict[str, str] = {}
     """Files of prompts and answers by name, answered and matched before and after."""
     limit: int = Field(100, gt=0)
     """Rows of those files that are used at most."""
+
+
+class Scratch(Closed):
+    """A model from nothing, in place of `model`."""
+
+    depth: int = Field(4, gt=0)
+    """Layers; the width is 64 times as many."""
+    context: int = Field(512, gt=0)
+    """Tokens that the model can see at once."""
+    config: str | None = None
+    """A transformers configuration (folder, file or hub id), in place of the dial."""
+    tokenizer: str = "federated"
+    """Learned by the silos together, or the one of a model."""
+    vocab: int = Field(4096, gt=259)
+    min_silos: int = Field(2, gt=0)
+    """Silos that must have a pair of tokens before it becomes one."""
 
 
 class Federation(Closed):
@@ -91,6 +108,7 @@ class Recipe(Closed):
     data: Data = Data()
     evaluate: Evaluate = Evaluate()
     federation: Federation = Federation()
+    scratch: Scratch | None = None
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -118,6 +136,7 @@ OWNERS: dict[str, type[BaseModel]] = {
     "evaluate": Evaluate,
     "silos": SiloFiles,
     "federation": Federation,
+    "scratch": Scratch,
 }
 """The closed tables of a recipe."""
 

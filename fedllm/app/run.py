@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import mean, write_metrics
 from fedllm.app.scores import check_files, score_files
+from fedllm.app.scratch import start
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import State, Tensors
@@ -57,12 +59,21 @@ def run(
     folder = Path(out) if out else Path("runs") / read.name
     if folder.exists():
         new_run(folder)
-    with ui or Ui(None) as shown:
+    with ui or Ui(None) as shown, TemporaryDirectory() as apart:
         # Whatever is wrong shows here, before there is a folder.
-        parts = built(read, shown)
         check_files(read)
-        place(folder, read)
+        told, from_nothing = {}, Path(apart) / "start"
+        if read.scratch:
+            told = start(read, from_nothing, shown)
+            read = read.model_copy(update={"model": str(from_nothing)})
+        parts = built(read, shown)
+        if read.scratch:
+            read = read.model_copy(update={"model": str(folder.absolute() / "start")})
+            parts = parts._replace(recipe=read)
+        place(folder, read, from_nothing)
         with locked(folder), resumable(folder):
+            if told:
+                append_event(folder, {"event": "scratch", **told})
             go(folder, parts, shown)
     return folder
 
@@ -98,13 +109,15 @@ def computed(parts: Parts) -> str:
     return f"on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}{together}"
 
 
-def place(folder: Path, recipe: Recipe) -> None:
-    """Make the run's folder with the recipe in it, both at once: a folder without one could not be resumed."""
+def place(folder: Path, recipe: Recipe, from_nothing: Path) -> None:
+    """Make the run's folder with recipe and start in it, all at once: a folder without them could not be resumed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(exist_ok=True)
     try:
         write_text(beside / "recipe.toml", write_recipe(recipe))
+        if from_nothing.exists():
+            shutil.copytree(from_nothing, beside / "start")
         beside.rename(folder)
     except OSError:
         if folder.exists():

@@ -130,9 +130,7 @@ def audit(file: SiteFile = HERE) -> None:
     for row in rows(log.entries):
         table.add_row(*row)
     out.print(table)
-    say(
-        f"{len(log.entries)} lines, each follows from the one before it: nothing was changed, nothing taken from between."
-    )
+    say(f"{len(log.entries)} lines, each follows from the one before it: nothing was changed or taken from between.")
     if log.cut:
         say(f"The last line was cut short by a crash ({log.cut} bytes); the next start mends it.")
 

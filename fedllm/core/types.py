@@ -135,7 +135,8 @@ class Transform(NamedTuple):
     `encode(update, memory, seed)` returns what travels and the new memory. It also runs on meta
     tensors, which is how the plan knows the bytes. `decode(wire, like)` undoes it or raises
     `Refused`; `like` has the names, shapes and dtypes that must come back. `finish` sees only the
-    aggregate. Law: `decode(encode(u))` keeps every name, shape and dtype; inputs are not mutated.
+    aggregate. Law: `decode(encode(u))` keeps every name, shape and dtype; inputs are not mutated; what
+    is remembered of a name stays until a round updates that name.
     """
 
     name: str

@@ -15,7 +15,7 @@ STEADY = 2.0
 """Seconds that a site has been back before an attempt without it ends for its sake."""
 
 REGROUP = 15.0
-"""Seconds that an attempt may work before it can end for a site that is back: a site that comes and goes costs no more."""
+"""Seconds that an attempt works before it can end for a site that is back: one that comes and goes costs little."""
 
 QUICK, TRIES = 20.0, 6
 """An attempt that ends within so many seconds and without a round done is a failure; so many in a row end the run."""

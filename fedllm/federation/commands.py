@@ -26,7 +26,7 @@ LARGEST_RECIPE = 500_000
 CHUNK = 2 << 20
 """Bytes of a file that one answer carries at most."""
 
-PATIENCE = 60.0
+PATIENCE = 60
 """Seconds that a run waits for sites that are not connected, before it starts without them."""
 
 PRIVATE = {"lock", "attempt.lock", "run.lock"}
@@ -70,7 +70,7 @@ def submit(folder: Path, user: str, head: Head) -> dict[str, Any]:
         "asked": 1,
         "user": user,
         "sites": [site for site in of(folder).sites if site not in refused],
-        "patience": float(head.get("patience", PATIENCE)),
+        "patience": number(head, "patience", PATIENCE),
     }
     made, target = folder / "runs" / f".{name}.{os.getpid()}", folder / "runs" / name
     made.mkdir()
@@ -114,7 +114,7 @@ def told(folder: Path) -> dict[str, Any]:
 
 def logs(folder: Path, user: str, head: Head) -> dict[str, Any]:
     """Return the last lines of what the server wrote about a run."""
-    path, lines = run_folder(folder, run_name(head)) / "server.log", min(int(head.get("lines", 100)), 2000)
+    path, lines = run_folder(folder, run_name(head)) / "server.log", min(number(head, "lines", 100), 2000)
     with suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 200 * lines))
         return {"lines": file.read().decode(errors="replace").splitlines()[-lines:]}
@@ -151,18 +151,26 @@ def files(folder: Path, user: str, head: Head) -> dict[str, Any]:
 def read(folder: Path, user: str, head: Head) -> dict[str, Any]:
     """Return a part of a run's file as base64."""
     run, path = run_folder(folder, run_name(head)), Path(str(head.get("path", "")))
-    offset = int(head.get("offset", 0))
+    offset = number(head, "offset", 0)
     whole = run / path
     if path.is_absolute() or ".." in path.parts or hidden(path) or not whole.is_file() or whole.is_symlink():
         raise FedllmError(f"The run '{run.name}' has no file '{path}'.")
     with whole.open("rb") as file:
-        file.seek(max(0, offset))
+        file.seek(offset)
         return {"data": base64.b64encode(file.read(CHUNK)).decode(), "size": whole.stat().st_size}
 
 
 def hidden(path: Path) -> bool:
     """Tell whether a path is nobody's business."""
     return any(part.startswith(".") for part in path.parts) or path.name in PRIVATE
+
+
+def number(head: Head, key: str, usual: int) -> int:
+    """Return a whole number of a head that is not negative."""
+    value = head.get(key, usual)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        raise FedllmError(f"'{key}' is {value!r}; give a number.")
+    return int(value)
 
 
 def run_name(head: Head) -> str:

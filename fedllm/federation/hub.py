@@ -95,11 +95,12 @@ class Hub(FLComponent):
 
     def connected(self, engine: Any) -> dict[str, tuple[str, float]]:
         """Return who is connected: site -> (token, seconds since it registered); a token is of one registration."""
-        now = time.time()
+        now, agents = time.time(), engine.server.cell.core_cell.agents
+        # A process that died has closed its connection; a machine that did has only fallen silent.
         alive = {
             client.name: client.token
             for client in engine.get_clients()
-            if now - client.last_connect_time < attempts.SILENT
+            if client.get_fqcn() in agents and now - client.last_connect_time < attempts.SILENT
         }
         since = {
             name: self.since[name] if self.since.get(name, ("", 0))[0] == token else (token, now)

@@ -15,12 +15,12 @@ from fedllm.federation.members import of
 MODULE = "nvflare.private.fed.app.server.server_train"
 
 
-def serve(folder: Path, loop: str = "") -> None:
+def serve(folder: Path, loop: str) -> None:
     """Serve a federation until SIGTERM; runs that are wanted go on whenever their sites are there.
 
     Args:
         folder: what `init` made.
-        loop: `module:function` that a run's job calls in place of `fedllm.federation.lead:lead`.
+        loop: `module:function` that a run's job calls with the run's folder, the line, and the expected sites.
     """
     needs_flare()
     folder = folder.absolute()
@@ -29,7 +29,7 @@ def serve(folder: Path, loop: str = "") -> None:
         with FileLock(folder / "server.lock", timeout=0), until_told() as stop:
             # Written anew, so that the folder may have moved and sites may have been added.
             kits.server_kit(folder, consortium)
-            env = {"FEDLLM_FOLDER": str(folder)} | ({"FEDLLM_LOOP": loop} if loop else {})
+            env = {"FEDLLM_FOLDER": str(folder), "FEDLLM_LOOP": loop}
             command = [MODULE, "-m", str(folder / "server"), "-s", "fed_server.json", "--set"]
             command += ["secure_train=true", "org=fedllm", "config_folder=config"]
             keep(command, env, folder / "server" / "output.log", stop, lambda: beat(folder))

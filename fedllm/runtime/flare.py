@@ -12,6 +12,7 @@ import gc
 import importlib
 import io
 import json
+import logging
 import os
 import queue
 import sys
@@ -35,11 +36,13 @@ from fedllm.runtime.line import Aborted, Head, Line, Unreachable, decode, encode
 FOLDER, LOOP, DESK = "FEDLLM_FOLDER", "FEDLLM_LOOP", "FEDLLM_DESK"
 """The environment: the federation's folder and the run's loop at the server, the desk's socket at a site."""
 
-USUAL_LOOP = "fedllm.federation.lead:lead"
 STOP_SECONDS = 5.0
 
 SWEPT = 32 << 20
 """Bytes of messages after which a process frees what is left of them."""
+
+
+log = logging.getLogger("fedllm.flare")
 
 
 class Lead:
@@ -54,12 +57,13 @@ class Lead:
         """Run the loop; FLARE calls this once per job."""
         folder = Path(os.environ[FOLDER]) / "runs" / self.run
         context = collab.context
+        write_down(folder / "server.log")
         # An attempt that dies slowly must not work beside the next one.
         with FileLock(folder / "attempt.lock", timeout=30):
             wish = Wish(folder)
             line = line_over({proxy.name: proxy for proxy in context.clients}, context.is_aborted, wish)
             threading.Thread(target=wish.watch, args=(self.run, line), daemon=True).start()
-            end = ended(os.environ.get(LOOP, USUAL_LOOP), folder, line, wish)
+            end = ended(os.environ[LOOP], folder, line, wish)
             wish.over.set()
             from fedllm.runtime.store import write_text
 
@@ -105,6 +109,14 @@ class Relay:
             raise
         self.free.put(connection)
         return answer
+
+
+def write_down(path: Path) -> None:
+    """Have this process write its log into a file too: ours, and the warnings of others."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(lambda line: line.levelno >= logging.WARNING or line.name.startswith("fedllm"))
+    logging.getLogger().addHandler(handler)
 
 
 def only_bytes() -> None:
@@ -222,9 +234,7 @@ def ended(loop: str, folder: Path, line: Line, wish: Wish) -> dict[str, str]:
     except FedllmError as error:
         return {"state": "failed", "reason": str(error)}
     except Exception as error:  # a crash is written down for the supervisor, which tries again
-        import traceback
-
-        traceback.print_exc()
+        log.exception("the loop of a run crashed")
         return {"state": "crashed", "reason": f"{type(error).__name__}: {error}"}
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedllm.core.errors import FedllmError
 from fedllm.core.types import Tensors
 
 BYTES = 256
@@ -55,13 +54,15 @@ def pre_tokenizer() -> Any:
 def count_words(texts: Iterable[str], contribution: float | None = None, remembered: int = 0) -> Words:
     """Count the words of a silo's texts, one text a document.
 
-    With `contribution` a text of more bytes counts for less, so that all its pairs together add at most that much
-    (their number never grows as symbols are merged). `remembered` documents are noted of each word at most.
+    With `contribution` a text counts for less where the L2 norm of its counts of neighbouring bytes is above that, as in
+    clipping. The norm of its counts of pairs then stays within the bound after any merges: to merge splits counts
+    (what was `x a` is then `x a` or `x ab`) or takes them away, and adds none together. `remembered` documents are
+    noted of each word at most.
     """
     pieces: dict[str, float] = defaultdict(float)
     seen: dict[str, list[int]] = defaultdict(list)
     for number, text in enumerate(texts):
-        share = 1.0 if contribution is None else min(1.0, contribution / max(1, size_of(text, number)))
+        share = 1.0 if contribution is None else min(1.0, contribution / max(1.0, byte_norm(text)))
         for piece, count in Counter(CUT.split(text)).items():
             pieces[piece] += share * count
             if len(seen[piece]) < remembered:
@@ -70,7 +71,6 @@ def count_words(texts: Iterable[str], contribution: float | None = None, remembe
     counts: dict[bytes, float] = defaultdict(float)
     places: dict[bytes, set[int]] = defaultdict(set)
     for piece, total in pieces.items():
-        size_of(piece, None)
         for _, (start, end) in cutter.pre_tokenize_str(piece):
             word = piece[start:end].encode()
             counts[word] += total
@@ -83,13 +83,10 @@ def count_words(texts: Iterable[str], contribution: float | None = None, remembe
     return Words(as_symbols(list(counts)), np.array(list(counts.values()), np.float64), documents_WD)
 
 
-def size_of(text: str, number: int | None) -> int:
-    """Return a text's bytes."""
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError as error:
-        which = "A text" if number is None else f"Text {number + 1}"
-        raise FedllmError(f"{which} cannot be written as UTF-8; clean the rows with the step 'utf8'.") from error
+def byte_norm(text: str) -> float:
+    """Return the L2 norm of a text's counts of neighbouring bytes."""
+    values = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    return float(np.linalg.norm(np.bincount(values[:-1] << 8 | values[1:])))
 
 
 def as_symbols(words: Sequence[bytes]) -> Ints:
@@ -158,18 +155,22 @@ def count_pairs(words: Words, at_least: float, documents: int) -> Pairs:
     keys_S, word_S = keys_S[keys_S >= 0], word_S[keys_S >= 0]
     keys_P, place_S = np.unique(keys_S, return_inverse=True)
     counts_P = np.bincount(place_S, weights=words.counts_W[word_S], minlength=len(keys_P))
-    often_P = counts_P >= at_least
+    kept_P = counts_P >= at_least
     if documents > 1:
-        often_P &= spread(place_S[often_P[place_S]], words.documents_WD[word_S[often_P[place_S]]], len(keys_P), documents)
-    return Pairs(keys_P[often_P], counts_P[often_P])
+        kept_P &= spread(place_S, words.documents_WD[:, :documents], word_S, kept_P)
+    return Pairs(keys_P[kept_P], counts_P[kept_P])
 
 
-def spread(place_S: Ints, documents_SD: Ints, pairs: int, documents: int) -> NDArray[np.bool_]:
-    """Say which pairs are in as many documents; exact, since a word remembers that many, or else all it is in."""
-    held_S = documents_SD[:, :documents]
-    both = np.unique(np.stack([np.repeat(place_S, held_S.shape[1]), held_S.ravel()])[:, held_S.ravel() >= 0], axis=1)
-    found: NDArray[np.bool_] = np.bincount(both[0], minlength=pairs) >= documents
-    return found
+def spread(place_S: Ints, documents_WD: Ints, word_S: Ints, asked_P: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Say which of the pairs asked about are in D documents; exact, as a word remembers D, or all that it is in."""
+    full_S = documents_WD[word_S, -1] >= 0
+    found_P = np.bincount(place_S, weights=full_S, minlength=len(asked_P)) > 0
+    open_S = (asked_P & ~found_P)[place_S]
+    documents_SD = documents_WD[word_S[open_S]].astype(np.int64)
+    both = (place_S[open_S, None].astype(np.int64) << 32 | documents_SD)[documents_SD >= 0]
+    counts_P = np.bincount(np.unique(both) >> 32, minlength=len(asked_P))
+    result: NDArray[np.bool_] = found_P | (counts_P >= documents_WD.shape[1])
+    return result
 
 
 def most(pairs: Pairs, limit: int) -> Pairs:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
+from fedllm.core.errors import FedllmError
+from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi, nesterov
+from fedllm.core.schedule import Schedule, factor
 
 
 def two_steps(optimiser, first, second, start=10.0):
@@ -73,7 +75,93 @@ def test_fedavgm_is_sgd_with_momentum_on_the_pseudo_gradient():
     torch.testing.assert_close(params["x"], parameter.detach())
 
 
-EVERY = [fedavg(), fedavgm(), fedadagrad(), fedadam(), fedyogi()]
+def test_nesterov_by_hand():
+    # m = 2,  10 - 0.5 * (2 + 0.5 * 2) = 8.5;  m = 0.5 * 2 + 4 = 5,  8.5 - 0.5 * (4 + 0.5 * 5) = 5.25.
+    assert two_steps(nesterov(0.5, momentum=0.5), 2.0, 4.0) == [8.5, 5.25]
+    # Without momentum it is FedAvg.
+    assert two_steps(nesterov(0.5, momentum=0.0), 2.0, 4.0) == two_steps(fedavg(0.5), 2.0, 4.0)
+
+
+def against_torch(optimiser, rates, momentum, steps=8):
+    """Both take the same steps from the same start; yield both results after each."""
+    draw = torch.Generator().manual_seed(0)
+    params = {"x": torch.randn(5, 3, generator=draw), "y": torch.randn(7, generator=draw)}
+    theirs = {name: torch.nn.Parameter(value.clone()) for name, value in params.items()}
+    sgd = torch.optim.SGD(theirs.values(), lr=1.0, momentum=momentum, nesterov=True)
+    state = optimiser.init(params)
+    for number in range(steps):
+        mean = {name: torch.randn(value.shape, generator=draw) for name, value in params.items()}
+        for name, value in mean.items():
+            theirs[name].grad = value.clone()
+        sgd.param_groups[0]["lr"] = rates(number)
+        sgd.step()
+        params, state = optimiser.step(params, mean, state)
+        yield params, {name: value.detach() for name, value in theirs.items()}
+
+
+@pytest.mark.parametrize(("rate", "momentum"), [(0.7, 0.9), (1.0, 0.5), (0.3, 0.99)])
+def test_nesterov_is_torchs_own_to_the_bit(rate, momentum):
+    for ours, theirs in against_torch(nesterov(rate, momentum), lambda number: rate, momentum):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_nesterovs_learning_rate_follows_its_schedule_over_the_rounds():
+    optimiser = nesterov(0.8, 0.9, warmup=2, schedule="linear", floor=0.5, rounds=6)
+    rates = [0.4, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4]
+    for ours, theirs in against_torch(optimiser, lambda number: rates[number], 0.9):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_momentum_is_each_fragments_own():
+    # x is seen in rounds 0 and 2, y in round 1: neither feels the other, nor the rounds between.
+    optimiser = nesterov(0.5, 0.5)
+    params = {"x": torch.tensor([10.0]), "y": torch.tensor([10.0])}
+    state = optimiser.init(params)
+    for mean in ({"x": 2.0}, {"y": 8.0}, {"x": 4.0}):
+        params, state = optimiser.step(params, {name: torch.tensor([value]) for name, value in mean.items()}, state)
+    assert [params["x"].item()] == two_steps(nesterov(0.5, 0.5), 2.0, 4.0)[1:]
+    assert params["y"].item() == 10 - 0.5 * (8 + 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"learning_rate": 0.0}, "optimiser.learning_rate is 0"),
+        ({"momentum": 1.0}, "optimiser.momentum is 1"),
+        ({"warmup": -1}, "optimiser.warmup is -1"),
+        ({"warmup": 2.5}, "optimiser.warmup is 2.5"),
+        ({"floor": 2.0}, "optimiser.floor is 2"),
+        ({"schedule": "cosine"}, "optimiser.rounds is missing"),
+        ({"warmup": 0.1}, "optimiser.rounds is missing"),
+    ],
+)
+def test_settings_of_nesterov_that_make_no_sense_are_refused(settings, reason):
+    with pytest.raises(FedllmError, match=reason):
+        nesterov(**settings)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_schedules_after_their_warm_up_are_those_of_transformers(warmup):
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    total, ways = 10, {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+    for shape, theirs in ways.items():
+        known = theirs(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), warmup, total).lr_lambdas[0]
+        ours = [factor(Schedule(shape, warmup), step, total) for step in range(total + 3)]
+        assert ours[warmup : total + 1] == pytest.approx([known(step) for step in range(warmup, total + 1)])
+        assert ours[total:] == pytest.approx([0.0] * 3)
+        # Theirs begins with a step that changes nothing; ours has the whole rate one step earlier.
+        assert ours[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_run():
+    for step in range(20):
+        assert factor(Schedule("cosine", 0.2, 0.1), step, 20) == factor(Schedule("cosine", 4, 0.1), step, 20)
+    assert [factor(Schedule(warmup=4), step, 0) for step in (0, 1, 3, 4, 400)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+
+
+EVERY = [fedavg(), fedavgm(), nesterov(), fedadagrad(), fedadam(), fedyogi()]
 
 
 @pytest.mark.parametrize("optimiser", EVERY, ids=lambda optimiser: optimiser.name)

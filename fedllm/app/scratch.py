@@ -1,0 +1,93 @@
+"""The start of a run from nothing: a tokenizer that the silos learn together, and a model with fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.algorithms.tokenizer import byte_pairs, learn
+from fedllm.app.config import Recipe
+from fedllm.app.data import Shard, open_shards
+from fedllm.app.progress import Ui
+from fedllm.core.errors import FedllmError
+from fedllm.core.seeds import derive
+from fedllm.core.types import Silo
+from fedllm.exchange.select import everyone
+from fedllm.runtime.local import local
+from fedllm.runtime.meter import Traffic, metered
+from fedllm.silo.models import load_tokenizer
+from fedllm.silo.scratch import configuration, fresh_model, llama, write_start
+from fedllm.silo.token_files import make_tokenizer, pooled_tokenizer
+
+FEDERATED = "federated"
+
+
+def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
+    """Write the model that a recipe's [scratch] describes as a transformers folder; return what is told of it."""
+    scratch = recipe.scratch
+    assert scratch is not None
+    told: dict[str, Any] = {}
+    if scratch.tokenizer == FEDERATED:
+        with ui.part("learning the tokenizer", None):
+            tokenizer, told = learned(recipe)
+        ui.say(
+            f"tokenizer of {told['vocab']:,} tokens learned in {told['rounds']} rounds: {told['tokens_per_byte']:.4f} "
+            f"tokens a byte"
+            + (f", pooled {told['pooled_tokens_per_byte']:.4f}" if "pooled_tokens_per_byte" in told else "")
+        )
+    else:
+        tokenizer = load_tokenizer(scratch.tokenizer)
+    tokens = len(tokenizer)
+    config = (
+        configuration(scratch.config, tokens)
+        if scratch.config
+        else llama(tokens, depth=scratch.depth, context=scratch.context)
+    )
+    model = fresh_model(config, tokenizer, derive(recipe.seed, "start"))
+    write_start(model, tokenizer, folder)
+    return told | {"parameters": sum(value.numel() for value in model.parameters())}
+
+
+def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """Learn a tokenizer over the silos and measure it on their held-out text, beside one of the pooled text."""
+    scratch, shards = recipe.scratch, open_shards(recipe)
+    assert scratch is not None
+    key = str(recipe.task.get("text", "text"))
+    texts = {name: texts_of(name, shard, key) for name, shard in shards.items()}
+    names, traffic = list(texts), Traffic()
+    algorithm = byte_pairs(everyone(names), vocab=scratch.vocab, min_silos=min(scratch.min_silos, len(names)))
+
+    def opened(name: str) -> Silo:
+        return Silo(name, None, texts[name], {}, derive(recipe.seed, "silo", name))  # type: ignore[arg-type]
+
+    exchange = metered(local(algorithm.client, opened, {}), traffic)
+    state, reports = learn(algorithm, exchange, scratch.vocab)
+    merges = state.params["merges"]
+    tokenizer = make_tokenizer(merges.tolist())
+    told = {
+        "vocab": len(tokenizer),
+        "rounds": len(reports),
+        "bytes_up": traffic.up,
+        "bytes_down": traffic.down,
+        "tokens_per_byte": density(tokenizer, texts),
+    }
+    if recipe.evaluate.pooled:
+        pooled = pooled_tokenizer((text for parts in texts.values() for text in parts["train"]), len(tokenizer))
+        told["pooled_tokens_per_byte"] = density(pooled, texts)
+    return tokenizer, told
+
+
+def texts_of(name: str, shard: Shard, key: str) -> dict[str, list[str]]:
+    """Return a silo's texts by split."""
+    for row in (*shard.train, *shard.test):
+        if key not in row:
+            raise FedllmError(f"silos.{name} has a row without '{key}'; name the column with task.text.")
+    return {"train": [str(row[key]) for row in shard.train], "test": [str(row[key]) for row in shard.test]}
+
+
+def density(tokenizer: Any, texts: Mapping[str, Mapping[str, list[str]]]) -> float:
+    """Return tokens per byte over all held-out text."""
+    held = [text for parts in texts.values() for text in parts["test"]]
+    tokens = sum(len(ids) for ids in tokenizer(held, add_special_tokens=False)["input_ids"])
+    return float(tokens / max(1, sum(len(text.encode()) for text in held)))
