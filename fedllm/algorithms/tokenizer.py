@@ -73,7 +73,9 @@ def byte_pairs(
     reckoned here. With noise `min_documents` has to be 1, since it looks at exact counts.
     """
     documents = min_documents if min_documents is not None else (1 if noise else 2)
-    settings = Settings(vocab - BYTES - len(SPECIAL), share, pairs, min_count, documents, min_silos, contribution, noise)
+    settings = Settings(
+        vocab - BYTES - len(SPECIAL), share, pairs, min_count, documents, min_silos, contribution, noise
+    )
     require_sense(settings, vocab)
 
     def init(params: Tensors) -> State:
@@ -101,7 +103,12 @@ def byte_pairs(
         if not told:
             raise FedllmError("No silo gave counts for the tokenizer; see in the report why each was dropped.")
         new = chosen(told, merges_M2.numpy(), settings)
-        report |= {"clients": len(told), "asked": len(asked), "new_tokens": len(new), "tokens": vocab_of(merges_M2, new)}
+        report |= {
+            "clients": len(told),
+            "asked": len(asked),
+            "new_tokens": len(new),
+            "tokens": vocab_of(merges_M2, new),
+        }
         if noise:
             report |= {"releases": state.round + 1, "noise_multiplier": noise, "sensitivity": contribution or 0.0}
         grown = torch.cat([merges_M2, torch.tensor(new, dtype=merges_M2.dtype).view(-1, 2)])
@@ -116,7 +123,9 @@ def byte_pairs(
     return Algorithm(init, client, server, None, steps, lambda like: reply_like(settings, kind_of(vocab)))
 
 
-def learn(algorithm: Algorithm, exchange: Exchange, vocab: int, state: State | None = None) -> tuple[State, list[Report]]:
+def learn(
+    algorithm: Algorithm, exchange: Exchange, vocab: int, state: State | None = None
+) -> tuple[State, list[Report]]:
     """Run rounds until there are `vocab` tokens, or no pair is left that enough silos have often enough."""
     state, reports = state or algorithm.init({}), list[Report]()
     while len(state.params["merges"]) < vocab - BYTES - len(SPECIAL):

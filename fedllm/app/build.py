@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
+from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
@@ -48,6 +49,8 @@ class Parts(NamedTuple):
     plan: Plan
     looked: Sequence[str]
     """The silos whose held-out text is looked at."""
+    links: Mapping[str, SiloLink]
+    """The network that rounds are reckoned over, if the recipe has one."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
 
@@ -93,6 +96,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     if device.type == "mps":
         params = {name: value.cpu() for name, value in params.items()}
 
+    links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     work = make_work(recipe, objective, tokenizer)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
@@ -109,7 +113,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), width,
+        evaluator, fitting, sample(silos.names, recipe), links, width,
     )  # fmt: skip
 
 

@@ -80,6 +80,15 @@ class Scratch(Closed):
     """Silos that must have a pair of tokens before it becomes one."""
 
 
+class Links(Closed):
+    """The network that a run on one machine is reckoned over: keyword arguments of `runtime.link.link`."""
+
+    default: dict[str, Any] = {}
+    silos: dict[str, dict[str, Any]] = {}
+    overlap: bool = False
+    """Messages travel while the silos compute."""
+
+
 class Federation(Closed):
     """How a run between machines waits; a run on one machine does not look at it."""
 
@@ -109,6 +118,7 @@ class Recipe(Closed):
     evaluate: Evaluate = Evaluate()
     federation: Federation = Federation()
     scratch: Scratch | None = None
+    links: Links | None = None
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -137,6 +147,7 @@ OWNERS: dict[str, type[BaseModel]] = {
     "silos": SiloFiles,
     "federation": Federation,
     "scratch": Scratch,
+    "links": Links,
 }
 """The closed tables of a recipe."""
 

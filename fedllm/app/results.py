@@ -56,6 +56,11 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         metrics["peak_mb"] = last(events, "done")["peak_mb"]
     if rounds and "aggregation_error" in rounds[-1]:
         metrics["aggregation_error"] = rounds[-1]["aggregation_error"]
+    for key in ("simulated_seconds", "data_parallel_seconds"):
+        if any(key in event for event in rounds):
+            metrics[key] = sum(event.get(key, 0.0) for event in rounds)
+    if told := last(events, "scratch"):
+        metrics["scratch"] = {key: value for key, value in told.items() if key != "event"}
     scores = {"base": last(events, "base").get("scores"), "federated": last(events, "done").get("scores")}
     if scores["base"]:
         metrics["scores"] = scores
@@ -117,6 +122,9 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             if personal
             else "no silo does better alone, even on its own text"
         )
+    if "simulated_seconds" in metrics:
+        here, parallel = metrics["simulated_seconds"], metrics["data_parallel_seconds"]
+        sentences.append(f"over the recipe's links it takes {here:,.0f} s, data-parallel training {parallel:,.0f} s")
     return "; ".join(sentences) + "."
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
 from fedllm.core.types import Exchange, Report, Request, Silo, State, Tensors, Work
+from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
 from fedllm.runtime.meter import Traffic, metered
 from fedllm.runtime.store import Checkpoint, append_event, save_checkpoint
@@ -64,6 +65,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
         "round": after.round,
         **losses,
         **tell(report),
+        **(over_links(parts, traffic, report) if parts.links else {}),
         "asked": asked,
         "bytes_up": traffic.up,
         "bytes_down": traffic.down,
@@ -79,6 +81,19 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     save_checkpoint(folder, Checkpoint(after, dict(nodes.memory)))
     ui.say(round_line(event, recipe.rounds))
     return after, clock() - begun
+
+
+def over_links(parts: Parts, traffic: Traffic, report: Report) -> dict[str, float]:
+    """Return how long a round takes over the recipe's network, and how long data-parallel training's steps would."""
+    tokens = {name: float(report.get(f"tokens.{name}", 0.0)) for name in traffic.each}
+    whole = sum(tokens.values()) or 1.0
+    loads = {name: Load(up, down, traffic.seconds * tokens[name] / whole) for name, (down, up) in traffic.each.items()}
+    steps = max(parts.work().steps(parts.silos.examples(name)) for name in loads)
+    overlap = bool(parts.recipe.links and parts.recipe.links.overlap)
+    return {
+        "simulated_seconds": round_seconds(parts.links, loads, overlap),
+        "data_parallel_seconds": data_parallel_seconds(parts.links, loads, parts.plan.parameters, steps, overlap),
+    }
 
 
 def training_exchange(parts: Parts, work: Work, memory: Memory, ui: Ui) -> Exchange:

@@ -34,7 +34,7 @@ def fragments(
     layers: Sequence[Sequence[int]] | None = None,
     embeddings: Literal["first", "apart"] = "first",
     delay: int = 0,
-    mixing: float | None = None,
+    mixing: float = 0.0,
     rounds: int | None = None,
 ) -> Share:
     """Share the layers in `count` fragments, one a round and in turn: every layer once in so many rounds.
@@ -45,13 +45,12 @@ def fragments(
     A silo trains all weights from those that it ended its last round with. In round r it replies g - w for one
     fragment, g being the value that it last received for it and w its own; the server steps. The new g is sent down
     `delay` rounds after the next request would have brought it, so that a round's training need not wait for the
-    exchange of the one before, and is mixed in: w = mixing * w + (1 - mixing) * g, by default 0.5 with a delay, else 0.
+    exchange of the one before, and is mixed in: w = mixing * w + (1 - mixing) * g.
     A silo that comes late, or did not answer when it was last asked, is sent the whole model.
 
     Raises:
         FedllmError: now or when the plan is made, if a layer or the whole run would be left out.
     """
-    alpha = mixing if mixing is not None else 0.5 if delay else 0.0
     size = (len(layers) if layers is not None else count) + (embeddings == "apart")
     groups = by_pattern(count, pattern, embeddings) if layers is None else by_layer(layers, embeddings)
     if count < 1 or not size:
@@ -61,8 +60,8 @@ def fragments(
             f"share.delay is {delay} but each fragment has its turn every {size} rounds; it must be at least 0 and "
             "below that."
         )
-    if not 0 <= alpha < 1:
-        raise FedllmError(f"share.mixing is {alpha:g}; it must be at least 0 and below 1.")
+    if not 0 <= mixing < 1:
+        raise FedllmError(f"share.mixing is {mixing:g}; it must be at least 0 and below 1.")
     if rounds is not None and rounds < size:
         raise FedllmError(
             f"The run has {rounds} rounds and share takes {size} until every layer has had its turn; set rounds to at "
@@ -106,7 +105,7 @@ def fragments(
             raise Refused("it remembers an earlier round than the server believes; it is sent the whole model next")
         # Copies, since they are remembered and what is sent may be what the server itself holds.
         come = {name: sent[name].clone() for name in due}
-        start = {**own, **{name: mixed(own[name], value, alpha) for name, value in come.items()}}
+        start = {**own, **{name: mixed(own[name], value, mixing) for name, value in come.items()}}
         return Begun(request._replace(tensors=start), inner, {**anchor, **come}, max(int(known), until))
 
     def end(begun: Begun, reply: Reply, inner: Tensors) -> tuple[Reply, Tensors]:
@@ -136,7 +135,7 @@ def fragments(
 
         return work._replace(client=client, cohort=cohort if together else None)
 
-    name = f"{size} fragments{f', {delay} late, mixed by {alpha:g}' if delay else ''}"
+    name = f"{size} fragments{f', {delay} late, mixed by {mixing:g}' if delay else ''}"
     return Share(name, down, up, size, work, note)
 
 

@@ -61,6 +61,7 @@ class Policy(Closed):
     tasks: Names = None
     clients: Names = None
     selects: Names = None
+    shares: Names = None
     aggregates: Names = None
     optimisers: Names = None
     transforms: Names = None
@@ -98,6 +99,7 @@ KINDS = {
     "trainables": "trainable",
     "clients": "client",
     "selects": "select",
+    "shares": "share",
     "aggregates": "aggregate",
     "optimisers": "optimiser",
     "transforms": "transforms",

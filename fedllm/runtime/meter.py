@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedllm.core.types import Exchange, Reply, Request
 from fedllm.runtime.wire import message_bytes, reply_head, request_head
@@ -12,11 +12,21 @@ from fedllm.runtime.wire import message_bytes, reply_head, request_head
 
 @dataclass
 class Traffic:
-    """Bytes sent to the clients (`down`) and received from them (`up`), and seconds spent waiting for them."""
+    """Bytes sent to the clients (`down`) and received from them (`up`), and seconds spent waiting for them.
+
+    `each` has the bytes of every client, down and up.
+    """
 
     down: int = 0
     up: int = 0
     seconds: float = 0.0
+    each: dict[str, list[int]] = field(default_factory=dict)
+
+    def count(self, client: str, down: int, up: int) -> None:
+        """Add what one message took."""
+        self.down, self.up = self.down + down, self.up + up
+        so_far = self.each.setdefault(client, [0, 0])
+        so_far[0], so_far[1] = so_far[0] + down, so_far[1] + up
 
 
 def metered(exchange: Exchange, traffic: Traffic) -> Exchange:
@@ -29,11 +39,11 @@ def metered(exchange: Exchange, traffic: Traffic) -> Exchange:
             key = id(request.tensors)
             if key not in payload:
                 payload[key] = message_bytes(request.tensors, {}) - message_bytes({}, {})
-            traffic.down += payload[key] + message_bytes({}, request_head(request))
+            traffic.count(request.client, payload[key] + message_bytes({}, request_head(request)), 0)
         replies, begun = exchange(requests), time.perf_counter()
         for reply in replies:
             traffic.seconds += time.perf_counter() - begun
-            traffic.up += message_bytes(reply.tensors, reply_head(reply))
+            traffic.count(reply.client, 0, message_bytes(reply.tensors, reply_head(reply)))
             yield reply
             begun = time.perf_counter()
         traffic.seconds += time.perf_counter() - begun

@@ -174,7 +174,7 @@ def whole_run(model, transforms=(), **share):
     )
 
 
-SHARES = [{}, {"delay": 1}, {"pattern": "sequential", "embeddings": "apart", "delay": 2, "mixing": 0.25}]
+SHARES = [{}, {"delay": 1, "mixing": 0.5}, {"pattern": "sequential", "embeddings": "apart", "delay": 2, "mixing": 0.25}]
 TRANSFORMS = [clip(0.5), top_k(0.3), cast()]
 
 
@@ -243,7 +243,7 @@ def recipe(place, **changes):
         "trainable": {"name": "full"},
         "client": {"steps": 2, "batch_size": 4, "keep_optimiser": True, "betas": [0.9, 0.95], "schedule": "cosine"},
         "optimiser": {"name": "nesterov", "schedule": "linear", "floor": 0.5},
-        "share": {"name": "fragments", "count": 2, "delay": 1},
+        "share": {"name": "fragments", "count": 2, "delay": 1, "mixing": 0.5},
         "transforms": [{"name": "cast"}],
     }
     for path, value in changes.items():

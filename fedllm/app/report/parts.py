@@ -168,6 +168,10 @@ def about(run: Run) -> list[tuple[str, str]]:
     if is_number(whole) and is_number(trained) and whole:
         share = f" ({100 * trained / whole:.2g} % of the model)"
     rounds = f"{len(run.rounds):,} of {number(start.get('rounds'))}" if start.get("rounds") else ""
+    over, parallel = (
+        sum(float(entry[key]) for entry in run.rounds if is_number(entry.get(key)))
+        for key in ("simulated_seconds", "data_parallel_seconds")
+    )
     known = {
         "Model": start.get("model"),
         "Parameters": number(whole) if whole else "",
@@ -176,6 +180,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         "Silos": f"{len(part(start, 'silos')):,}" if part(start, "silos") else "",
         "Rounds": rounds + resumed(run),
         "Runtime": start.get("runtime"),
+        "Over the recipe's links": f"{over:,.0f} s; data-parallel training {parallel:,.0f} s" if over else "",
         "Device": ", ".join(str(start[key]) for key in ("device", "dtype") if start.get(key)),
         "Machine": start.get("machine"),
         "Versions": ", ".join(f"{name} {value}" for name, value in part(start, "versions").items()),
