@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
 
@@ -41,12 +42,18 @@ def carry(source: int, target: int, delay: float, loss: float, mbit: float) -> N
         while True:
             due, frame = frames.get()
             time.sleep(max(0.0, due - time.monotonic()))
-            os.write(target, frame)
+            # Where the cable is pulled the frame is lost.
+            with suppress(OSError):
+                os.write(target, frame)
 
     threading.Thread(target=deliver, daemon=True).start()
     chance = random.Random(0)
     while True:
-        frame, now = os.read(source, 65536), time.monotonic()
+        try:
+            frame, now = os.read(source, 65536), time.monotonic()
+        except OSError:
+            time.sleep(0.05)
+            continue
         if chance.random() < loss or free - now > QUEUE_BYTES_SECONDS:
             continue
         free = max(now, free) + len(frame) * 8 / (mbit * 1e6)

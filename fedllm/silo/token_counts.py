@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedllm.core.errors import FedllmError
 from fedllm.core.types import Tensors
 
 BYTES = 256
@@ -71,6 +72,7 @@ def count_words(texts: Iterable[str], contribution: float | None = None, remembe
     counts: dict[bytes, float] = defaultdict(float)
     places: dict[bytes, set[int]] = defaultdict(set)
     for piece, total in pieces.items():
+        require_utf8(piece)
         for _, (start, end) in cutter.pre_tokenize_str(piece):
             word = piece[start:end].encode()
             counts[word] += total
@@ -83,9 +85,19 @@ def count_words(texts: Iterable[str], contribution: float | None = None, remembe
     return Words(as_symbols(list(counts)), np.array(list(counts.values()), np.float64), documents_WD)
 
 
+def require_utf8(text: str) -> None:
+    """Raise unless UTF-8 can write the text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FedllmError(
+            f"A text cannot be written as UTF-8 ({text[:40]!a}); add the cleaning step 'utf8', which drops its row."
+        ) from error
+
+
 def byte_norm(text: str) -> float:
     """Return the L2 norm of a text's counts of neighbouring bytes."""
-    values = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    values = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int64)
     return float(np.linalg.norm(np.bincount(values[:-1] << 8 | values[1:])))
 
 

@@ -54,7 +54,9 @@ def test_a_site_behind_a_slow_and_lossy_link_takes_part(tmp_path):
             print(
                 f"{name}: received {down / told['bytes_down']:.3f}, sent {up / told['bytes_up']:.3f} times the payload"
             )
-            assert down < 1.10 * told["bytes_down"] and up < 1.10 * told["bytes_up"]
+            # Headers of three layers are about 3 %; a lost frame is sent again, and what follows it often too.
+            most = 1.2 if name == "c" else 1.05
+            assert down < most * told["bytes_down"] and up < most * told["bytes_up"]
         far = adapter_or_model(them["server"].folder / "runs" / "tiny")
     assert same(adapter_or_model(on_one_machine(tmp_path)), far)
 

@@ -31,8 +31,14 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     names = list(table.get("silos", {})) or ["hospital_a", "hospital_b"]
     for name in names:
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
+        rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table["silos"] = {name: f"{name}.jsonl" for name in names}
+    table.pop("partition", None)
+    if "scratch" in table:
+        table["scratch"] = {"depth": 1, "context": 32, "vocab": 300}
+    if table["task"]["name"] == "causal":
+        table["task"]["block"] = 16
     table["data"] = {**table.get("data", {}), "root": str(folder), "limit_test": 4}
     table |= {"model": str(model), "rounds": 2, "dtype": "float32", "device": "cpu"}
     table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
@@ -42,10 +48,16 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
-    assert any("aggregate" in line for line in plan_lines(build(recipe, weights=False)))
+    if recipe.scratch is None:
+        assert any("aggregate" in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
     assert set(metrics["loss"]["federated"]) == set(recipe.silos)
-    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    result = (
+        ("adapter", "adapter_model.safetensors")
+        if recipe.trainable["name"] != "full"
+        else ("model", "model.safetensors")
+    )
+    assert run.joinpath(*result).exists()
     assert (run / "report.html").stat().st_size > 10_000

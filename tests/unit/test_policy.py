@@ -46,6 +46,7 @@ NO = [
     ("tasks", {"tasks": ("classify",)}, {}, r"allows the tasks classify; this recipe has 'instruct'"),
     ("clients", {"clients": ()}, {}, r"allows the clients none; this recipe has 'local_training'"),
     ("selects", {"selects": ("poisson",)}, {}, r"allows the selects poisson; this recipe has 'everyone'"),
+    ("shares", {"shares": ("fragments",)}, {}, r"allows the shares fragments; this recipe has 'everything'"),
     ("aggregates", {"aggregates": ()}, {}, r"allows the aggregates none"),
     ("optimisers", {"optimisers": ("fedadam",)}, {}, r"allows the optimisers fedadam; this recipe has 'fedavg'"),
     ("transforms", {"transforms": ("clip",)}, {"transforms": [clip(1), {"name": "cast"}]}, r"clip; .*'cast'"),
