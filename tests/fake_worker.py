@@ -51,6 +51,7 @@ def work(asked):
     say(done=True)
 
 
-print("awake", os.environ.get("FEDLLM_SITE"), file=sys.stderr, flush=True)
-for line in sys.stdin:
-    work(json.loads(line))
+if __name__ == "__main__":
+    print("awake", os.environ.get("FEDLLM_SITE"), file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        work(json.loads(line))

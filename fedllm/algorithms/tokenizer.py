@@ -6,50 +6,28 @@ would give the pooled tokenizer itself; the tokens that a text takes differ from
 
 What leaves a silo are pairs of tokens and their counts. A pair can spell a word, and a rare word can be a name, so a
 silo says only pairs that it has `min_count` times in `min_documents` rows or more, and a pair becomes a token, which
-all silos see, only where `min_silos` of them said it. The server learns each silo's counts of what it is told.
+all silos see, only where `min_silos` of them said it. The server learns each silo's counts of what it is told; as it
+chooses the merges, a server that cheats can ask for the counts of any word that passes those limits.
+
+A silo whose language no other one shares, such as code among prose, gets few tokens of its own with two silos; one silo
+and twenty rows (`min_silos = 1`, `min_documents = 20`) keep rare words back too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
-from fedllm.silo.count_noise import noised, random_of, secret_of
-from fedllm.silo.token_counts import (
-    BYTES,
-    Ints,
-    Pairs,
-    Words,
-    count_pairs,
-    count_words,
-    merged,
-    most,
-    recalled,
-    remembered_words,
-)
+from fedllm.silo.token_client import ANSWERS, Settings
+from fedllm.silo.token_counts import BYTES, Ints, Pairs
 from fedllm.silo.token_files import SPECIAL
 
 LARGEST_COUNT = 2.0**40
 """More than a silo has of any pair; sums of that many are still exact."""
-
-
-class Settings(NamedTuple):
-    """How a tokenizer is learned; `byte_pairs` says what each means."""
-
-    merges: int
-    share: float
-    pairs: int
-    min_count: float
-    min_documents: int
-    min_silos: int
-    contribution: float | None
-    noise: float
 
 
 def byte_pairs(
@@ -103,12 +81,8 @@ def byte_pairs(
         if not told:
             raise FedllmError("No silo gave counts for the tokenizer; see in the report why each was dropped.")
         new = chosen(told, merges_M2.numpy(), settings)
-        report |= {
-            "clients": len(told),
-            "asked": len(asked),
-            "new_tokens": len(new),
-            "tokens": vocab_of(merges_M2, new),
-        }
+        room = settings.merges - len(merges_M2) - len(new)
+        report |= {"clients": len(told), "asked": len(asked), "new_tokens": len(new), "room": room}
         if noise:
             report |= {"releases": state.round + 1, "noise_multiplier": noise, "sensitivity": contribution or 0.0}
         grown = torch.cat([merges_M2, torch.tensor(new, dtype=merges_M2.dtype).view(-1, 2)])
@@ -123,81 +97,27 @@ def byte_pairs(
     return Algorithm(init, client, server, None, steps, lambda like: reply_like(settings, kind_of(vocab)))
 
 
-def learn(
-    algorithm: Algorithm, exchange: Exchange, vocab: int, state: State | None = None
-) -> tuple[State, list[Report]]:
-    """Run rounds until there are `vocab` tokens, or no pair is left that enough silos have often enough."""
+def learn(algorithm: Algorithm, exchange: Exchange, state: State | None = None) -> tuple[State, list[Report]]:
+    """Run rounds until the vocabulary is full, or no pair is left that enough silos have often enough."""
     state, reports = state or algorithm.init({}), list[Report]()
-    while len(state.params["merges"]) < vocab - BYTES - len(SPECIAL):
+    while not reports or (reports[-1]["new_tokens"] and reports[-1]["room"]):
         state, report = algorithm.server(state, exchange)
         reports.append(report)
-        if not report["new_tokens"]:
-            break
     return state, reports
 
 
 def tokens_per_byte(exchange: Exchange, silos: Sequence[str], merges_M2: torch.Tensor) -> dict[str, float]:
-    """Return each silo's tokens per byte on its own held-out text; the server learns the two sums."""
+    """Return each silo's tokens per byte on its own held-out text; the server learns the two sums of each.
+
+    A silo without an answer that makes sense is left out.
+    """
     found = {}
     for reply in exchange([Request(name, 0, "lengths", {"merges": merges_M2}) for name in silos]):
-        tokens, size = (float(value) for value in reply.tensors["lengths"])
-        found[reply.client] = tokens / size if size else math.nan
+        lengths = reply.tensors.get("lengths", torch.zeros(0))
+        tokens, size = lengths.tolist() if lengths.shape == (2,) else (0.0, 0.0)
+        if reply.client in silos and 0 < tokens <= size <= LARGEST_COUNT:
+            found[reply.client] = tokens / size
     return {name: found[name] for name in silos if name in found}
-
-
-def tell_pairs(request: Request, silo: Silo, settings: Settings) -> tuple[Reply, Tensors]:
-    """Count the pairs after the request's merges; the words are remembered, so that each round starts at the last."""
-    merges_M2 = request.tensors["merges"].numpy().astype(np.int64)
-    words = words_after(merges_M2, silo, settings)
-    kept: dict[str, torch.Tensor] = remembered_words(words, merges_M2)
-    if settings.noise:
-        kept["secret"] = secret_of(silo.memory)
-        random = random_of(kept["secret"], request.round, merges_M2)
-        sigma = settings.noise * (settings.contribution or 0.0)
-        exact = count_pairs(words, 0, 1)
-        told = noised(exact, BYTES + len(merges_M2), sigma, settings.pairs, random)
-        told = Pairs(*(part[told.counts_P >= settings.min_count] for part in told))
-    else:
-        told = count_pairs(words, settings.min_count, settings.min_documents)
-    told = most(told, settings.pairs)
-    kind = request.tensors["merges"].dtype
-    sides = torch.from_numpy(np.stack([told.keys_P >> 32, told.keys_P & 0xFFFFFFFF], axis=1)).to(kind)
-    counts = torch.from_numpy(np.round(told.counts_P)).to(torch.float32)
-    return Reply(request.client, request.round, {"pairs": sides, "counts": counts}, 1.0), kept
-
-
-def words_after(merges_M2: Ints, silo: Silo, settings: Settings) -> Words:
-    """Return the silo's words after these merges, from its memory where that fits."""
-    before = recalled(silo.memory, merges_M2)
-    if before is None:
-        texts = silo.data["train"]
-        if len(texts) < settings.min_documents:
-            raise FedllmError(
-                f"The silo '{silo.name}' has {len(texts)} texts and tokenizer.min_documents is "
-                f"{settings.min_documents}; give it more rows, or lower that."
-            )
-        remembered = settings.min_documents if settings.min_documents > 1 else 0
-        before = count_words(texts, settings.contribution, remembered), 0
-    return merged(before[0], merges_M2, before[1])
-
-
-def tell_lengths(request: Request, silo: Silo, settings: Settings) -> tuple[Reply, Tensors]:
-    """Return the tokens and bytes of the held-out text."""
-    words = count_words(silo.data["test"])
-    size = symbols_in(words)
-    tokens = symbols_in(merged(words, request.tensors["merges"].numpy().astype(np.int64)))
-    lengths = torch.tensor([tokens, size], dtype=torch.float64)
-    return Reply(request.client, request.round, {"lengths": lengths}, 1.0), silo.memory
-
-
-ANSWERS = {"pairs": tell_pairs, "lengths": tell_lengths}
-"""What a client does for each `op`."""
-
-
-def symbols_in(words: Words) -> float:
-    """Return the symbols of a text with these words."""
-    inside_S = words.symbols_S >= 0
-    return float(words.counts_W[np.cumsum(~inside_S)[inside_S]].sum())
 
 
 def read_pairs(reply: Reply, round_number: int, waiting: set[str], symbols: int, settings: Settings) -> Pairs:
@@ -290,11 +210,6 @@ def require_sense(settings: Settings, vocab: int) -> None:
 def kind_of(vocab: int) -> torch.dtype:
     """Return the smallest type of the symbols that travels."""
     return torch.int16 if vocab <= torch.iinfo(torch.int16).max else torch.int32
-
-
-def vocab_of(merges_M2: torch.Tensor, new: Sequence[tuple[int, int]]) -> int:
-    """Return the tokens after new merges."""
-    return len(SPECIAL) + BYTES + len(merges_M2) + len(new)
 
 
 def reply_like(settings: Settings, kind: torch.dtype) -> Tensors:

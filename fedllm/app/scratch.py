@@ -62,7 +62,7 @@ def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
         return Silo(name, None, texts[name], {}, derive(recipe.seed, "silo", name))  # type: ignore[arg-type]
 
     exchange = metered(local(algorithm.client, opened, {}), traffic)
-    state, reports = learn(algorithm, exchange, scratch.vocab)
+    state, reports = learn(algorithm, exchange)
     merges = state.params["merges"]
     tokenizer = make_tokenizer(merges.tolist())
     told = {

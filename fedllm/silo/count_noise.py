@@ -1,9 +1,9 @@
 """Gaussian noise on the counts of all pairs that there could be, drawn only where it shows.
 
-Dwork and Roth 2014, section A: the Gaussian mechanism, on the histogram over all `symbols`^2 pairs. That one silo has
+Dwork and Roth 2014, appendix A: the Gaussian mechanism, on the histogram over all `symbols`^2 pairs. That one silo has
 a pair at all must not show either, so pairs that it has not get noise too; of these only the few above a threshold
 are drawn, which gives the same distribution (Cormode et al., Differentially Private Summaries for Sparse Data, ICDT
-2012, algorithm 1). The threshold does not depend on the data.
+2012). The threshold does not depend on the data.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def salt_from(variable: str) -> bytes:
     salt = os.environ.get(variable, "")
     if len(salt) < SHORTEST_SALT:
         raise FedllmError(
-            f"The environment variable {variable} has no salt of {SHORTEST_SALT} characters or more; let the silos agree "
-            "on a random one, such as from `openssl rand -hex 32`, and keep it from the server."
+            f"The environment variable {variable} has no salt of {SHORTEST_SALT} characters or more; let the silos "
+            "agree on a random one, such as from `openssl rand -hex 32`, and keep it from the server."
         )
     return salt.encode()
 

@@ -121,7 +121,7 @@ def email_recognizer(base: type[Any]) -> Any:
 
     domains = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
-    class Offline(base):  # type: ignore[misc]
+    class Offline(base):
         def validate_result(self, pattern_text: str) -> bool:
             return bool(domains(pattern_text).domain and domains(pattern_text).suffix)
 

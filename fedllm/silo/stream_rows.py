@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.cleaning import Note
@@ -38,7 +38,9 @@ def stream_rows(path: Path, bad: Literal["skip", "refuse"], note: Note) -> Itera
         raise FedllmError(f"{path} cannot be read ({first_line(error)}); check the file and its rights.") from error
 
 
-def json_rows(file: IO[bytes], path: Path, bad: Literal["skip", "refuse"], note: Note) -> Iterator[dict[str, Any]]:
+def json_rows(
+    file: BinaryIO | gzip.GzipFile, path: Path, bad: Literal["skip", "refuse"], note: Note
+) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file with one on each line."""
     for number, line in enumerate(file, start=1):
         said = decoded(line.removeprefix(BOM) if number == 1 else line, path, number, bad, note)
@@ -55,7 +57,9 @@ def json_rows(file: IO[bytes], path: Path, bad: Literal["skip", "refuse"], note:
         yield row
 
 
-def text_rows(file: IO[bytes], path: Path, bad: Literal["skip", "refuse"], note: Note) -> Iterator[dict[str, Any]]:
+def text_rows(
+    file: BinaryIO | gzip.GzipFile, path: Path, bad: Literal["skip", "refuse"], note: Note
+) -> Iterator[dict[str, Any]]:
     """Yield a text file in pieces of whole lines; a line longer than a piece is cut between two characters."""
     lines, size, number, left = list[str](), 0, 1, b""
     for line in iter(lambda: file.readline(PIECE), b""):

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 
 from fedllm.core.errors import FedllmError
-from fedllm.core.seeds import derive
 from fedllm.silo.cleaning import Step, cleaned
 from fedllm.silo.examples import Example
 from fedllm.silo.sources import Row, require_columns
@@ -31,9 +30,6 @@ VERSION = 1
 
 BATCH = 1 << 20
 """Characters that are tokenised at a time."""
-
-TURNS = 4
-"""Rounds of the Feistel network that orders the blocks."""
 
 
 class Stream(NamedTuple):
@@ -104,7 +100,8 @@ def open_stream(
             write_tokens(rows, tokenizer, text, files, kind, is_test, counts)
             write_whole(folder / f"{name}.json", json.dumps(counts).encode())
     counts = Counter(json.loads((folder / f"{name}.json").read_bytes()))
-    return Stream(*(Blocks(files[part], kind, block) for part in ("train", "test")), dict(counts))
+    train, test = (Blocks(files[part], kind, block) for part in ("train", "test"))
+    return Stream(train, test, dict(counts))
 
 
 def rows_of(sources: Sequence[Path], bad: Literal["skip", "refuse"], counts: Counter[str]) -> Iterator[Row]:
@@ -161,41 +158,6 @@ def write_whole(path: Path, data: bytes) -> None:
     beside = path.with_suffix(".part")
     beside.write_bytes(data)
     beside.replace(path)
-
-
-def draws(examples: Sequence[Example], batch_size: int, first: int, count: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches number `first` to `first + count`, as `examples.draws` does, without a list of the whole order.
-
-    Every epoch is a permutation of all examples of its own, of which a place is reckoned when it is needed: a batch
-    depends on its number and the seed alone, and memory not on the number of examples.
-    """
-    for number in range(first, first + count):
-        places = range(number * batch_size, (number + 1) * batch_size)
-        yield [
-            examples[permuted(place % len(examples), len(examples), derive(seed, "epoch", place // len(examples)))]
-            for place in places
-        ]
-
-
-def permuted(place: int, size: int, seed: int) -> int:
-    """Return where a permutation of 0 to `size` - 1, drawn from `seed`, takes a place.
-
-    A Feistel network over the next power of four, followed until it is back inside (Black and Rogaway 2002, Ciphers
-    with arbitrary finite domains, cycle-walking).
-
-    >>> sorted(permuted(place, 5, 0) for place in range(5))
-    [0, 1, 2, 3, 4]
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = place >> half, place & mask
-        for turn in range(TURNS):
-            mixed = hashlib.blake2b(f"{seed} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(mixed, "big") & mask)
-        place = left << half | right
-        if place < size:
-            return place
 
 
 def lies_below(text: str, share: float, seed: int) -> bool:

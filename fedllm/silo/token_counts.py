@@ -55,8 +55,8 @@ def pre_tokenizer() -> Any:
 def count_words(texts: Iterable[str], contribution: float | None = None, remembered: int = 0) -> Words:
     """Count the words of a silo's texts, one text a document.
 
-    With `contribution` a text counts for less where the L2 norm of its counts of neighbouring bytes is above that, as in
-    clipping. The norm of its counts of pairs then stays within the bound after any merges: to merge splits counts
+    With `contribution` a text counts for less where the L2 norm of its counts of neighbouring bytes is above that, as
+    in clipping. The norm of its counts of pairs then stays within the bound after any merges: to merge splits counts
     (what was `x a` is then `x a` or `x ab`) or takes them away, and adds none together. `remembered` documents are
     noted of each word at most.
     """
@@ -166,7 +166,7 @@ def count_pairs(words: Words, at_least: float, documents: int) -> Pairs:
     word_S = np.cumsum(words.symbols_S[:-1] == END)
     keys_S, word_S = keys_S[keys_S >= 0], word_S[keys_S >= 0]
     keys_P, place_S = np.unique(keys_S, return_inverse=True)
-    counts_P = np.bincount(place_S, weights=words.counts_W[word_S], minlength=len(keys_P))
+    counts_P = np.bincount(place_S, weights=words.counts_W[word_S], minlength=len(keys_P)).astype(np.float64)
     kept_P = counts_P >= at_least
     if documents > 1:
         kept_P &= spread(place_S, words.documents_WD[:, :documents], word_S, kept_P)
@@ -180,8 +180,8 @@ def spread(place_S: Ints, documents_WD: Ints, word_S: Ints, asked_P: NDArray[np.
     open_S = (asked_P & ~found_P)[place_S]
     documents_SD = documents_WD[word_S[open_S]].astype(np.int64)
     both = (place_S[open_S, None].astype(np.int64) << 32 | documents_SD)[documents_SD >= 0]
-    counts_P = np.bincount(np.unique(both) >> 32, minlength=len(asked_P))
-    result: NDArray[np.bool_] = found_P | (counts_P >= documents_WD.shape[1])
+    documents_P = np.bincount(np.unique(both) >> 32, minlength=len(asked_P))
+    result: NDArray[np.bool_] = found_P | (documents_P >= documents_WD.shape[1])
     return result
 
 
