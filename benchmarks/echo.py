@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -12,19 +13,23 @@ from typing import Any
 
 ROUNDS, REPEATS = 20, 3
 
+PARALLEL = 2
+"""Sites that send or fetch at once: on two cores more of them only take more memory."""
+
 
 def work() -> None:
-    """Answer every request with its own tensors."""
-    from fedllm.core.types import Reply
-    from fedllm.runtime.spool import load_message, save_message
-    from fedllm.runtime.wire import reply_head
-
+    """Answer every request with the bytes of its own tensors, under a head that says whose reply it is."""
     for line in sys.stdin:
         asked = json.loads(line)
-        tensors, _ = load_message(Path(asked["request"]))
         head = asked["head"]
-        reply = Reply(head["client"], head["round"], tensors, 1.0)
-        save_message(Path(asked["reply"]), reply.tensors, reply_head(reply))
+        with Path(asked["request"]).open("rb") as source, Path(asked["reply"]).open("wb") as target:
+            listed = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+            told = {"client": head["client"], "round": head["round"], "weight": 1.0, "scalars": {}}
+            listed["__metadata__"]["fedllm"] = json.dumps(json.loads(listed["__metadata__"]["fedllm"]) | told)
+            text = json.dumps(listed).encode()
+            text += b" " * (-len(text) % 8)
+            target.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(source, target, 1 << 20)
         print(json.dumps({"done": True}), flush=True)
 
 
@@ -57,6 +62,7 @@ def loop(folder: Path, line: Any, expected: Sequence[str]) -> None:
         line,
         folder / "spool",
         run=folder.name,
+        parallel=PARALLEL,
         largest=1 << 30,
         note=lambda site, why: print(site, why, file=sys.stderr),
         progress=lambda site, what: traffic.update({site: what}),
@@ -68,7 +74,10 @@ def loop(folder: Path, line: Any, expected: Sequence[str]) -> None:
         number, begun, answered = number + 1, time.perf_counter(), 0
         for reply in exchange([Request(site, number, "evaluate", tensors) for site in expected]):
             answered += 1
-            assert all(torch.equal(value, tensors[name]) for name, value in reply.tensors.items())
+            assert reply.tensors.keys() == tensors.keys()
+            # All of the first replies is compared, of the others a tensor.
+            names = list(tensors) if number <= 2 else list(tensors)[:1]
+            assert all(torch.equal(reply.tensors[name], tensors[name]) for name in names)
             del reply
         assert answered == len(expected), answered
         return time.perf_counter() - begun

@@ -153,7 +153,11 @@ def main() -> None:
     try:
         (place / "engine").mkdir()
         (place / "quickstart").mkdir()
-        found = engine(place / "engine") | quickstart(place / "quickstart", settings)
+        found = engine(place / "engine")
+        print(json.dumps(found), flush=True)
+        if "--engine" in sys.argv:
+            return
+        found |= quickstart(place / "quickstart", settings)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     for key, value in found.items():

@@ -16,7 +16,7 @@ from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
 from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
-from fedllm.silo import partition, tasks, trainables, training
+from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
@@ -48,6 +48,13 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "top_k": top_k.top_k,
         "quantise": quantise.quantise,
         "dct": dct.dct,
+    },
+    "cleaning": {
+        "exact_duplicates": dedupe.exact_duplicates,
+        "near_duplicates": dedupe.near_duplicates,
+        "quality": quality.quality,
+        "repetition": quality.repetition,
+        "pii": pii.pii,
     },
     "partition": {
         "by_column": partition.by_column,

@@ -92,7 +92,8 @@ def up_to(end: str, pieces: Iterable[str]) -> Iterator[str]:
     for piece in pieces:
         before, found, _ = (held + piece).partition(end)
         if found:
-            yield before
+            if before:
+                yield before
             return
         keep = next((size for size in range(len(end) - 1, 0, -1) if before.endswith(end[:size])), 0)
         held = before[len(before) - keep :]

@@ -127,6 +127,8 @@ class Recipe(Closed):
     aggregate: dict[str, Any] = {"name": "mean"}
     optimiser: dict[str, Any] = {"name": "fedavg"}
     transforms: list[dict[str, Any]] = []
+    cleaning: list[dict[str, Any]] = []
+    """What each silo does to its rows before it learns from them, step by step."""
 
     @field_validator("silos", mode="before")
     @classmethod

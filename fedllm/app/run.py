@@ -21,7 +21,7 @@ import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
-from fedllm.app.data import anchored
+from fedllm.app.data import anchored, counted
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
@@ -99,6 +99,9 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
         f"{len(silos.names)} silos, {train:,} rows to learn from and {test:,} held out"
         + (f" ({skipped:,} of them too long or empty)" if skipped else "")
     )
+    for name, shard in silos.shards.items():
+        if shard.cleaned:
+            ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
     ui.say(f"{parts.plan.parameters:,} parameters trained ({parts.trainable.name}), {computed(parts)}")
     return parts
 
@@ -220,6 +223,7 @@ def start_event(parts: Parts, nodes: Nodes) -> dict[str, Any]:
         },
         "rounds": recipe.rounds,
         "silos": nodes.held,
+        "cleaned": {name: dict(shard.cleaned) for name, shard in parts.silos.shards.items() if shard.cleaned},
         "holds": who_holds_what(rows, parts.task.label) if all(rows.values()) else {},
         "plan": {
             "steps": [{"where": s.where, "name": s.name, "facts": facts_text(s.facts)} for s in parts.plan.steps],

@@ -23,7 +23,7 @@ LARGEST_LOG = 20_000_000
 
 SETTINGS = {
     # As FLARE's own start script has it: fewer arenas, less memory that nobody uses.
-    "MALLOC_ARENA_MAX": "4",
+    "MALLOC_ARENA_MAX": "2",
     # A job that is over waits this long for a dead site's last word, not a quarter of an hour.
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15",
     # For every answer received FLARE keeps a thread for as long as its sender might send it again.

@@ -160,6 +160,15 @@ def resumed(run: Run) -> str:
     return f", resumed {'once' if again == 1 else f'{again} times'}" if again > 0 else ""
 
 
+def cleaned_away(counts: dict[str, Any]) -> str:
+    """Say what cleaning counted over all silos."""
+    total: dict[str, int] = {}
+    for told in counts.values():
+        for what, count in (told if isinstance(told, dict) else {}).items():
+            total[what.partition(".")[2] or what] = total.get(what.partition(".")[2] or what, 0) + int(count)
+    return ", ".join(f"{what} {count:,}" for what, count in total.items() if count)
+
+
 def about(run: Run) -> list[tuple[str, str]]:
     """Return the facts of the model, the machine and the versions."""
     start = run.start
@@ -181,6 +190,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         "Rounds": rounds + resumed(run),
         "Runtime": start.get("runtime"),
         "Over the recipe's links": f"{over:,.0f} s; data-parallel training {parallel:,.0f} s" if over else "",
+        "Cleaned away": cleaned_away(part(start, "cleaned")),
         "Device": ", ".join(str(start[key]) for key in ("device", "dtype") if start.get(key)),
         "Machine": start.get("machine"),
         "Versions": ", ".join(f"{name} {value}" for name, value in part(start, "versions").items()),
