@@ -27,6 +27,7 @@ def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
     """Write the model that a recipe's [scratch] describes as a transformers folder; return what is told of it."""
     scratch = recipe.scratch
     assert scratch is not None
+    require_fit(recipe)
     told: dict[str, Any] = {}
     if scratch.tokenizer == FEDERATED:
         with ui.part("learning the tokenizer", None):
@@ -47,6 +48,15 @@ def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
     model = fresh_model(config, tokenizer, derive(recipe.seed, "start"))
     write_start(model, tokenizer, folder)
     return told | {"parameters": sum(value.numel() for value in model.parameters())}
+
+
+def require_fit(recipe: Recipe) -> None:
+    """Raise where the rest of a recipe does not fit a model from nothing."""
+    scratch, rows = recipe.scratch, int(recipe.task.get("block", recipe.task.get("max_tokens", 256)))
+    if recipe.trainable.get("name") != "full":
+        raise FedllmError("A model from nothing has nothing to adapt; set trainable.name = 'full'.")
+    if scratch and not scratch.config and rows > scratch.context:
+        raise FedllmError(f"scratch.context is {scratch.context}, but rows have up to {rows} tokens; raise it.")
 
 
 def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
