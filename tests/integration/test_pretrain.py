@@ -96,7 +96,7 @@ def test_with_kept_moments_momentum_and_error_feedback_a_resumed_run_is_the_stra
         ({"links": {"silos": {"odl": {"mbit": 1}}}}, "odl"),
         ({"cleaning": [{"name": "exact_duplicate"}]}, "exact_duplicates"),
         ({"scratch": {"config": "/no/such/folder", "vocab": 320}}, "scratch.config"),
-        ({"share": {"name": "fragments", "count": 3}}, "fragment"),
+        ({"share": {"name": "fragments", "count": 3}}, "share.count"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence_before_anything_is_trained(tmp_path, changes, sentence):
