@@ -41,9 +41,12 @@ def plan_lines(parts: Parts) -> Iterator[str]:
         yield f"  {joint} {step.where:<6}  {step.name:<{width}}  {known}"
     yield "    └─▶ next round"
     yield ""
+    away = not any(shard.train for shard in parts.silos.shards.values())
     runtime = f"cohort, {parts.width} clients as one batch" if parts.width > 1 else "local, one client after another"
     yield f"trained      {plan.parameters:,} parameters ({plan.parameters / total:.2%}), {parts.trainable.name}"
     yield f"on the wire  {amount(plan.bytes_down)} down, {amount(plan.bytes_up)} up, a client and round"
+    if away:
+        runtime = "federation, each site on its own machine; the server's part"
     yield f"runs as      {runtime}, on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
     yield "privacy      none is claimed: no noise is added, and " + (

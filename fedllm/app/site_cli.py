@@ -11,13 +11,17 @@ from typing import Annotated
 
 import typer
 
-from fedllm.app.terminal import Settings, fail, out, say
+from fedllm.app.terminal import Settings, fail, say
 from fedllm.core.errors import FedllmError
 
 site = typer.Typer(help="A site of a federation: what it holds, what it allows, and its daemon.", no_args_is_help=True)
 
 SiteFile = Annotated[Path, typer.Argument(help="The site's file.")]
+DataOption = Annotated[str, typer.Option("--data", help="This site's text, in place of [data] train.")]
 HERE = Path("site.toml")
+WIDTHS = (29, 7, 16, 5, 8, 9, 16)
+"""Characters of the log's columns."""
+
 WORKER = [sys.executable, "-m", "fedllm.app.worker"]
 
 
@@ -56,10 +60,10 @@ def join(
 @site.command()
 def start(
     file: SiteFile = HERE,
-    data: Annotated[str, typer.Option("--data", help="This site's text, in place of [data] train.")] = "",
+    data: DataOption = "",
 ) -> None:
     """Serve this site until it is stopped: text and model stay here, nothing listens to the outside."""
-    from fedllm.app.site import DATA, known, text_of
+    from fedllm.app.site import known, text_of
     from fedllm.federation.desk import Desk
     from fedllm.federation.policy import read_site
     from fedllm.federation.site_daemon import start as serve
@@ -71,8 +75,7 @@ def start(
         if not approval.exists():
             raise FedllmError(f"{here.name} has joined no federation; put {approval.name} beside {file} first.")
         join(approval, file.parent)
-    if data:
-        os.environ[DATA] = data if "://" in data or ":" in data else str(Path(data).expanduser().absolute())
+    use(data)
     text_of(here, file)
     # Hashing takes long for a large model, and every run asks for it.
     hashed = functools.cache(weights_sha256)
@@ -87,6 +90,7 @@ def check(
     file: SiteFile = HERE,
     settings: Settings = [],  # noqa: B006
     user: Annotated[str, typer.Option(help="Who would start it.")] = "",
+    data: DataOption = "",
 ) -> None:
     """Show what a recipe would do here and whether this site's rules let it; nothing runs."""
     from fedllm.app.build import build
@@ -98,6 +102,7 @@ def check(
     from fedllm.federation.rules import facts, refusals
     from fedllm.silo.models import weights_sha256
 
+    use(data)
     here, read = read_site(file, known()), read_recipe(recipe, settings)
     told = asked_of_sites(read)
     asked = facts(question(read, "check", user))
@@ -119,17 +124,14 @@ def check(
 @site.command()
 def audit(file: SiteFile = HERE) -> None:
     """Verify the audit log and print it: what was asked, what left, when, how many bytes, under which rule."""
-    from rich.table import Table
-
     from fedllm.app.site import known
     from fedllm.federation.audit import COLUMNS, rows, verify
     from fedllm.federation.policy import read_site
 
     log = verify(Path(read_site(file, known()).state) / "audit.jsonl")
-    table = Table(*COLUMNS, "more", box=None, padding=(0, 1))
-    for row in rows(log.entries):
-        table.add_row(*row)
-    out.print(table)
+    say("  ".join(f"{name:<{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True)))
+    for *cells, rest in rows(log.entries):
+        say("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + f"  {rest}")
     say(f"{len(log.entries)} lines, each follows from the one before it: nothing was changed or taken from between.")
     if log.cut:
         say(f"The last line was cut short by a crash ({log.cut} bytes); the next start mends it.")
@@ -166,6 +168,14 @@ def health(file: SiteFile = HERE) -> None:
     if reason := healthy(Path(read_site(file, known()).state)):
         fail(reason, code=1)
     say("alive")
+
+
+def use(data: str) -> None:
+    """Let text that was named on the command line take the place of the site's file's, also in the worker."""
+    from fedllm.app.site import DATA
+
+    if data:
+        os.environ[DATA] = data if ":" in data else str(Path(data).expanduser().absolute())
 
 
 def read_paths(*sources: str | None) -> Sequence[str]:

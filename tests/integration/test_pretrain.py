@@ -1,4 +1,4 @@
-"""Pre-training from nothing by a recipe: the tokenizer, the model, the cleaning, the network; and the same after a kill."""
+"""Pre-training from nothing by a recipe: tokenizer, model, cleaning, network; and the same after a stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,30 @@ from fedllm.app.config import read_recipe
 from fedllm.app.progress import Ui
 from fedllm.core.errors import FedllmError, Interrupted
 
-WORDS = "the union of these states is a more perfect one than the peace and the laws of the land have made it before".split()
+WORDS = [
+    "the",
+    "union",
+    "of",
+    "these",
+    "states",
+    "is",
+    "a",
+    "more",
+    "perfect",
+    "one",
+    "than",
+    "the",
+    "peace",
+    "and",
+    "the",
+    "laws",
+    "of",
+    "the",
+    "land",
+    "have",
+    "made",
+    "it",
+]
 
 
 def recipe(folder, **changes):
