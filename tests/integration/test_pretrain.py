@@ -14,30 +14,8 @@ from fedllm.app.config import read_recipe
 from fedllm.app.progress import Ui
 from fedllm.core.errors import FedllmError, Interrupted
 
-WORDS = [
-    "the",
-    "union",
-    "of",
-    "these",
-    "states",
-    "is",
-    "a",
-    "more",
-    "perfect",
-    "one",
-    "than",
-    "the",
-    "peace",
-    "and",
-    "the",
-    "laws",
-    "of",
-    "the",
-    "land",
-    "have",
-    "made",
-    "it",
-]
+TEXT = "the union of these states is a more perfect one than the peace and the laws of the land have made it"
+WORDS = TEXT.split()
 
 
 def recipe(folder, **changes):
