@@ -49,8 +49,9 @@ def norm(tensors: Tensors) -> Tensor:
 
 def own_norm(value: Tensor) -> Tensor:
     """Return the L2 norm of one tensor as float32: infinite where it is too large for that."""
-    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-    return norm.float()
+    wide = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=wide)
+    return norm if wide == torch.float32 else norm.float()
 
 
 def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

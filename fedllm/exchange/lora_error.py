@@ -22,14 +22,17 @@ TOGETHER = 32
 
 
 class Group(NamedTuple):
-    """Layers of one shape, worked on as one: a sketch S, the start's A S and B, the sums of p A S and p B [A S, 1]."""
+    """Layers of one shape, worked on as one: a sketch S, the start's A S and B, sums of p [A S, 1] and p D [A S, 1].
+
+    D is what a client sent of B, so that B = start - D is reckoned once, at the end.
+    """
 
     names: list[str]
     sketch_IS: Tensor
     seen_LRS: Tensor
     b_LOR: Tensor
-    sum_a_LRS: Tensor
-    sum_b_LON: Tensor
+    sum_a_LRN: Tensor
+    sum_d_LON: Tensor
 
 
 class Look(NamedTuple):
@@ -141,27 +144,29 @@ def grouped(start: Tensors) -> list[Group]:
         inputs, rank = a_LRI.shape[2], a_LRI.shape[1]
         sketch_IS = torch.randn(inputs, COLUMNS, generator=generator(0, "sketch", inputs)).div_(COLUMNS**0.5).to(a_LRI)
         seen_LRS = a_LRI @ sketch_IS
-        sum_b_LON = b_LOR.new_zeros(*b_LOR.shape[:2], COLUMNS + rank)
-        groups.append(Group(names, sketch_IS, seen_LRS, b_LOR, torch.zeros_like(seen_LRS), sum_b_LON))
+        sums = (seen_LRS.new_zeros(*part.shape[:2], COLUMNS + rank) for part in (seen_LRS, b_LOR))
+        groups.append(Group(names, sketch_IS, seen_LRS, b_LOR, *sums))
     return groups
 
 
 def sketch(group: Group, update: Tensors, share: float) -> None:
     """Add one client to a group's sums."""
     moved_LRI = torch.stack([update[name] for name in group.names])
-    b_LOR = group.b_LOR - torch.stack([update[other(name)] for name in group.names])
+    d_LOR = torch.stack([update[other(name)] for name in group.names])
     seen_LRS = (group.seen_LRS - moved_LRI @ group.sketch_IS).mul_(share)
     one_LRR = (share * torch.eye(seen_LRS.shape[1]).to(seen_LRS)).expand(len(seen_LRS), -1, -1)
-    group.sum_a_LRS.add_(seen_LRS)
-    # One product gives the sum of p B A S and, beside it, that of p B.
-    group.sum_b_LON.baddbmm_(b_LOR, torch.cat([seen_LRS, one_LRR], 2))
+    # One product gives the sum of p D A S and, beside it, that of p D.
+    right_LRN = torch.cat([seen_LRS, one_LRR], 2)
+    group.sum_a_LRN.add_(right_LRN)
+    group.sum_d_LON.baddbmm_(d_LOR, right_LRN)
 
 
 def estimated(look: Look) -> tuple[float, float]:
     """Return the same two numbers as `exact`, through the sketch."""
     off, whole = 0.0, 0.0
     for group in look.groups:
-        seen_LRS, sums_LON = group.sum_a_LRS / look.weight, group.sum_b_LON / look.weight
+        seen_LRS = group.sum_a_LRN[..., :COLUMNS] / look.weight
+        sums_LON = (group.b_LOR @ group.sum_a_LRN - group.sum_d_LON) / look.weight
         product_LOS, b_LOR = sums_LON[..., :COLUMNS], sums_LON[..., COLUMNS:]
         off += float((product_LOS - b_LOR @ seen_LRS).square().sum())
         whole += float(product_LOS.square().sum())

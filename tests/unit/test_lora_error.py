@@ -100,7 +100,7 @@ def test_rounds_of_many_clients_are_estimated_to_a_fifth_in_the_memory_of_a_few(
     for end in ends:
         look = probe.add(look, end, 1.0)
         assert len(look.waiting) <= TOGETHER
-    assert all(group.sum_b_LON.shape[2] == COLUMNS + sizes["rank"] for group in look.groups)
+    assert all(group.sum_d_LON.shape[2] == COLUMNS + sizes["rank"] for group in look.groups)
 
 
 def test_updates_are_not_changed():
