@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedllm.core.errors import FedllmError, nearest
+from fedllm.core.errors import FedllmError, first_problem
 
 
 class Closed(BaseModel):
@@ -143,7 +143,8 @@ class Recipe(Closed):
         return {"name": "local_training", **client} if isinstance(client, Mapping) else client
 
 
-OWNERS: dict[str, type[BaseModel]] = {
+TABLES: dict[str, type[BaseModel]] = {
+    "": Recipe,
     "data": Data,
     "evaluate": Evaluate,
     "silos": SiloFiles,
@@ -151,7 +152,9 @@ OWNERS: dict[str, type[BaseModel]] = {
     "scratch": Scratch,
     "links": Links,
 }
-"""The closed tables of a recipe."""
+"""The closed tables of a recipe, and the whole."""
+
+KNOWN = {name: list(table.__pydantic_fields__) for name, table in TABLES.items()}
 
 
 def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Sequence[str] = ()) -> Recipe:
@@ -173,7 +176,7 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Seque
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise FedllmError(f"{where}: {first_problem(error, table)}") from error
+        raise FedllmError(f"{where}: {first_problem(error.errors(), KNOWN)}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -211,27 +214,6 @@ def put(table: Mapping[str, Any], path: list[str], value: Any, setting: str) -> 
     if not isinstance(inner, Mapping):
         raise FedllmError(f"--set '{setting}': '{path[0]}' is not a table; set it as a whole.")
     return {**table, path[0]: put(inner, path[1:], value, setting)}
-
-
-def first_problem(error: ValidationError, table: Mapping[str, Any]) -> str:
-    """Say in one sentence what is wrong with a recipe, and the nearest known key for an unknown one."""
-    # A misspelled key is said before the key that is missing for it.
-    problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    keys = [str(key) for key in problem["loc"]]
-    path = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        owners: dict[str, type[BaseModel]] = {
-            "data": Data,
-            "evaluate": Evaluate,
-            "silos": SiloFiles,
-            "federation": Federation,
-        }
-        owner = owners[keys[0]] if len(keys) > 1 else Recipe
-        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.__pydantic_fields__)}"
-    if problem["type"] == "missing":
-        return f"'{path}' is missing; add it."
-    message = problem["msg"]
-    return f"'{path}' is {problem['input']!r}; {message[0].lower()}{message[1:]}."
 
 
 def write_recipe(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedllm.core.errors import FedllmError, nearest
+from fedllm.core.errors import FedllmError, first_problem
 
 SITE = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 """A site's name; it becomes a file name, a certificate's subject and an address inside the engine."""
@@ -77,21 +77,8 @@ def read_consortium(path: Path) -> Consortium:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FedllmError(f"The consortium '{path}' is not TOML: {error}.") from error
     except ValidationError as error:
-        raise FedllmError(f"{path}: {first_problem(error)}") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Say what is wrong in the words of the file's own keys."""
-    problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    keys = [str(key) for key in problem["loc"]]
-    path = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        owner: type[BaseModel] = Server if keys[0] == "server" and len(keys) > 1 else Consortium
-        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.__pydantic_fields__)}"
-    if problem["type"] == "missing":
-        return f"'{path}' is missing; add it."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"'{path}' is {problem['input']!r}: {message}."
+        known = {"": list(Consortium.__pydantic_fields__), "server": list(Server.__pydantic_fields__)}
+        raise FedllmError(f"{path}: {first_problem(error.errors(), known)}") from error
 
 
 def write_consortium(consortium: Consortium) -> str:

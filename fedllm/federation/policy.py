@@ -5,11 +5,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedllm.core.errors import FedllmError, nearest
+from fedllm.core.errors import FedllmError, first_problem, nearest
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 """What a run or a site may be called: names become names of files."""
@@ -106,7 +106,7 @@ KINDS = {
 }
 """Rules that list names -> where recipes and the catalogue have those names."""
 
-OWNERS: dict[str, type[Closed]] = {"data": SiteData, "models": Base, "policy": Policy}
+TABLES: dict[str, type[Closed]] = {"": Site, "data": SiteData, "models": Base, "policy": Policy}
 """The tables of a site's file."""
 
 
@@ -125,7 +125,8 @@ def read_site(path: Path, known: Known) -> Site:
     try:
         site = Site.model_validate(table)
     except ValidationError as error:
-        raise FedllmError(f"{path}: {first_problem(error)}") from error
+        known_keys = {name: list(table.__pydantic_fields__) for name, table in TABLES.items()}
+        raise FedllmError(f"{path}: {first_problem(error.errors(), known_keys)}") from error
     for rule, kind in KINDS.items():
         for name in getattr(site.policy, rule) or ():
             if name not in known[kind]:
@@ -137,18 +138,3 @@ def read_site(path: Path, known: Known) -> Site:
     }
     paths = {"state": str(folder / site.state), "kit": str(folder / site.kit)}
     return site.model_copy(update={**paths, "models": models})
-
-
-def first_problem(error: ValidationError) -> str:
-    """Say in one sentence what is wrong with a site's file, and the nearest known key for an unknown one."""
-    # A misspelled key is said before the key that is missing for it.
-    problem: Any = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    keys = [str(key) for key in problem["loc"]]
-    path = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        owner = OWNERS[keys[0]] if len(keys) > 1 else Site
-        return f"the key '{path}' is unknown; {nearest(keys[-1], owner.__pydantic_fields__)}"
-    if problem["type"] == "missing":
-        return f"'{path}' is missing; add it."
-    message = problem["msg"]
-    return f"'{path}' is {problem['input']!r}; {message[0].lower()}{message[1:]}."

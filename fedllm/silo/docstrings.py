@@ -15,8 +15,6 @@ from typing import TypeAlias
 from fedllm.core.errors import FedllmError
 from fedllm.silo.sources import Row
 
-QUICKSTART_SILOS = ("torch", "transformers", "numpy", "networkx")
-
 SHORTEST, LONGEST = 20, 400
 """The characters that a summary may have."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +12,6 @@ from torch import nn
 from fedllm.core.errors import FedllmError
 
 SMOLLM2 = "smollm2-135m-instruct"
-
-
-class Loaded(NamedTuple):
-    """A causal language model with its tokenizer."""
-
-    model: nn.Module
-    tokenizer: Any
 
 
 def model_folder(name: str) -> str:

@@ -141,6 +141,7 @@ def peft_method(method: str, **config: Any) -> Trainable:
         settings = with_targets(config, model) if aimed else config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
+            # For a model that a method does not fit peft raises whatever it happens to run into.
             try:
                 return get_peft_model(model, kinds[method](**settings))
             except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError) as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from fedllm.app.catalog import CATALOG, checked, make
-from fedllm.app.config import SiloFiles, read_recipe, read_toml, with_setting, write_recipe
+from fedllm.app.config import TABLES, Recipe, SiloFiles, read_recipe, read_toml, with_setting, write_recipe
 from fedllm.core.errors import FedllmError
 
 
@@ -24,6 +27,9 @@ def problem(source, *settings):
     [
         ({"ronds": 3}, "the key 'ronds' is unknown; did you mean 'rounds'?"),
         ({"evaluate": {"poold": True}}, "the key 'evaluate.poold' is unknown; did you mean 'pooled'?"),
+        ({"scratch": {"dpeth": 3}}, "the key 'scratch.dpeth' is unknown; did you mean 'depth'?"),
+        ({"links": {"overlp": True}}, "the key 'links.overlp' is unknown; did you mean 'overlap'?"),
+        ({"federation": {"leest": 2}}, "the key 'federation.leest' is unknown; did you mean 'least'?"),
         ({"data": {"limit_trian": 5}}, "the key 'data.limit_trian' is unknown; did you mean 'limit_train'?"),
         ({"silos": {"a": {"train": "x", "tset": "y"}}}, "the key 'silos.a.tset' is unknown; did you mean 'test'?"),
         ({"silos": {"a": {"trian": "x"}}}, "the key 'silos.a.trian' is unknown; did you mean 'train'?"),
@@ -209,3 +215,11 @@ def test_a_value_is_taken_as_the_type_that_is_asked_for():
     assert checked("x", ["a"], list[str] | str | None) == ["a"]
     with pytest.raises(FedllmError, match=r"^x is 'a'; "):
         checked("x", "a", int)
+
+
+def test_every_closed_table_of_a_recipe_names_its_keys():
+    tables = {"silos"}
+    for name, field in Recipe.model_fields.items():
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        tables |= {name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    assert tables | {""} == set(TABLES)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fedllm.core.errors import FedllmError
-from fedllm.silo.docstrings import CODE, QUICKSTART_SILOS, docstring_rows
+from fedllm.silo.docstrings import CODE, docstring_rows
 
 MODULE = '''
 """A module's own docstring is not taken."""
@@ -108,7 +108,7 @@ def test_limit_and_seed(package):
     assert rows != docstring_rows("networkx", limit=50, seed=1)
 
 
-@pytest.mark.parametrize("package", QUICKSTART_SILOS)
+@pytest.mark.parametrize("package", ["torch", "transformers", "numpy", "networkx"])
 def test_the_quickstart_silos_have_enough(package):
     rows = docstring_rows(package)
     responses = [row["response"] for row in rows]
