@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fedllm.app.catalog import CATALOG, checked, make
-from fedllm.app.config import TABLES, Recipe, SiloFiles, read_recipe, read_toml, with_setting, write_recipe
+from fedllm.app.config import KNOWN, Recipe, SiloFiles, read_recipe, read_toml, with_setting, write_recipe
 from fedllm.core.errors import FedllmError
 
 
@@ -222,4 +222,4 @@ def test_every_closed_table_of_a_recipe_names_its_keys():
     for name, field in Recipe.model_fields.items():
         kinds = [field.annotation, *typing.get_args(field.annotation)]
         tables |= {name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)}
-    assert tables | {""} == set(TABLES)
+    assert tables | {""} == set(KNOWN)
