@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError
-from fedllm.core.tensors import CHUNK, pieces
+from fedllm.core.tensors import pieces, whole_again
 from fedllm.core.types import Aggregator, Tensors
 
 
@@ -20,33 +20,33 @@ class Total(NamedTuple):
     That is about 106 bits: enough for float32 updates whose values at one place differ by up to some
     20 orders of magnitude.
 
-    Values lie one after the other in the order of the names of `like`.
+    Values lie in pieces, in the order of the names of `like`; `spare` has a row for each size of piece.
     """
 
-    high: Tensor
-    low: Tensor
+    high: list[Tensor]
+    low: list[Tensor]
+    spare: dict[int, Tensor]
     scratch: Tensor
     like: Tensors
     weight: Fraction
 
 
-def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, scratch: Tensor) -> None:
-    """Add weight * value to high + low in place; the rounding error of each sum goes to `low`.
+def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, spare: Tensor, scratch: Tensor) -> None:
+    """Add weight * value to high + low: the sum, rounded, goes to `spare`, and the rounding error to `low`.
 
-    `scratch` has three float64 rows for what comes between: fresh memory would cost more than the sums.
+    `high` and the two float64 rows of `scratch` are overwritten: fresh memory, or a copy of the sum
+    to where it was, would cost as much as a sum.
 
     TwoSum of Knuth, The Art of Computer Programming 2, 4.2.2, theorem B. The product is exact in
     float64 for float32 values and weights of up to 29 bits.
     """
-    x, total, kept = scratch[:, : value.numel()]
-    x.copy_(value).mul_(weight)
-    torch.add(high, x, out=total)
-    torch.sub(total, high, out=kept)
-    x.sub_(kept)
-    low.add_(x)
-    high.sub_(torch.sub(total, kept, out=kept))
-    low.add_(high)
-    high.copy_(total)
+    x, kept = scratch[:, : value.numel()]
+    x.copy_(value)
+    torch.add(high, x, alpha=weight, out=spare)
+    torch.sub(spare, high, out=kept)
+    torch.sub(kept, x, alpha=weight, out=x)
+    torch.sub(spare, kept, out=kept)
+    low.add_(high.sub_(kept).sub_(x))
 
 
 def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
@@ -58,30 +58,25 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         raise FedllmError(f"aggregate.weights is '{weights}'; use 'examples' or 'uniform'.")
 
     def zero(like: Tensors) -> Total:
-        size = sum(value.numel() for value in like.values())
-        home = next(iter(like.values())).device
-        high, low = (torch.zeros(size, dtype=torch.float64, device=home) for _ in range(2))
-        scratch = torch.empty(3, CHUNK, dtype=torch.float64, device=home)
-        return Total(high, low, scratch, like, Fraction(0))
+        shapes = [torch.zeros_like(piece, dtype=torch.float64) for piece in pieces(like.values())]
+        spare = {piece.numel(): torch.empty_like(piece) for piece in shapes}
+        scratch = torch.empty(2, max(spare), dtype=torch.float64, device=shapes[0].device)
+        return Total(shapes, [piece.clone() for piece in shapes], spare, scratch, like, Fraction(0))
 
     def add(total: Total, update: Tensors, weight: float) -> Total:
         share = 1.0 if weights == "uniform" else weight
         if not (math.isfinite(share) and share > 0):
             raise ValueError(f"a weight must be finite and positive, not {share}")
-        start = 0
-        for piece in pieces(update[name] for name in total.like):
-            end = start + piece.numel()
-            add_exactly(total.high[start:end], total.low[start:end], piece, share, total.scratch)
-            start = end
+        high, low, spare = total.high, total.low, total.spare
+        for place, piece in enumerate(pieces(update[name] for name in total.like)):
+            size = piece.numel()
+            add_exactly(high[place], low[place], piece, share, spare[size], total.scratch)
+            high[place], spare[size] = spare[size], high[place]
         return total._replace(weight=total.weight + Fraction(share))
 
     def done(total: Total) -> dict[str, Tensor]:
-        whole, start, averages = float(total.weight), 0, dict[str, Tensor]()
-        for name, value in total.like.items():
-            end = start + value.numel()
-            flat = (total.high[start:end] + total.low[start:end]).div_(whole)
-            averages[name] = flat.to(value.dtype).view(value.shape)
-            start = end
-        return averages
+        whole = float(total.weight)
+        averages = (high.add(low).div_(whole) for high, low in zip(total.high, total.low, strict=True))
+        return whole_again(averages, total.like)
 
     return Aggregator(f"mean by {weights}", zero, add, done)

@@ -35,6 +35,27 @@ def pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         yield torch.cat(small)
 
 
+def whole_again(cut: Iterable[Tensor], like: Tensors) -> dict[str, Tensor]:
+    """Return the tensors whose `pieces` are `cut`, with the names, shapes and dtypes of `like`.
+
+    >>> like = {"a": torch.ones(3, 2), "b": torch.ones(CHUNK + 1)}
+    >>> again = whole_again(pieces(like.values()), like)
+    >>> all(torch.equal(again[name], value) for name, value in like.items())
+    True
+    """
+    whole = {name: torch.empty_like(value, memory_format=torch.contiguous_format) for name, value in like.items()}
+    rest = iter(cut)
+    piece = torch.empty(0)
+    for value in whole.values():
+        flat = value.view(-1)
+        while flat.numel():
+            piece = piece if piece.numel() else next(rest)
+            size = min(flat.numel(), piece.numel())
+            flat[:size].copy_(piece[:size])
+            flat, piece = flat[size:], piece[size:]
+    return whole
+
+
 def subtract(left: Tensors, right: Tensors) -> dict[str, Tensor]:
     """Return left - right, name by name, over the names of `left`."""
     return {name: value - right[name] for name, value in left.items()}
@@ -82,8 +103,8 @@ def require_like(tensors: Tensors, like: Tensors) -> None:
             raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
     # One look at the norms finds every value that is not finite, and those so large that nothing can be reckoned with.
-    norms = [own_norm(value) for value in floats.values()]
-    if norms and not bool(torch.stack(norms).isfinite().all()):
+    norms = list(torch._foreach_norm(list(floats.values()))) if floats else []
+    if norms and not bool(torch.stack(norms).float().isfinite().all()):
         for name, value in floats.items():
             if not bool(value.isfinite().all()):
                 raise Refused(f"'{name}' is not finite")

@@ -15,7 +15,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import generator
 from fedllm.core.types import Facts, Probe, Scalars, Tensors
 
-COLUMNS = 32
+COLUMNS = 16
 
 TOGETHER = 32
 """Rounds of up to so many clients are looked at exactly, their updates held; larger ones through random columns."""
@@ -55,7 +55,7 @@ class Factors(NamedTuple):
 def lora_error(weights: str = "examples") -> Probe:
     """Build the probe; `weights` as of the mean it looks at.
 
-    In rounds of more than 32 clients each layer's inputs are multiplied by 32 Gaussian columns S;
+    In rounds of more than 32 clients each layer's inputs are multiplied by 16 Gaussian columns S;
     ||M S||^2 is an unbiased estimate of ||M||^2, and the ratio is good to a few per cent.
     """
 
