@@ -76,7 +76,7 @@ def finish(desk, number=0, op="train", data=PAYLOAD, run="r1", **scalars):
 def fetch(desk, done, run="r1"):
     answer, data = say(desk, "get", run=run, key=done["key"], offset=0, length=1 << 20)
     assert answer == {"size": done["size"]} and key_of(data) == done["key"]
-    return data
+    return bytes(data)
 
 
 def at_work(desk, run="r1"):

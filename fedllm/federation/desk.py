@@ -31,7 +31,7 @@ from fedllm.federation.policy import NAME, SHA256, Known, Site
 from fedllm.federation.rules import SAID, Denied, canonical, check, facts, governing, refusals
 from fedllm.federation.spool import Spool
 from fedllm.runtime.errand import request_id
-from fedllm.runtime.line import Head, decode, encode
+from fedllm.runtime.line import Body, Head, decode, encode
 
 LARGEST_CHUNK = 16 << 20
 LONGEST_WAIT = 10.0
@@ -85,7 +85,7 @@ class Desk:
         self._guard = Guard(worker, self._state / "worker.log", env)
         self._bench = Bench(self._guard.start, self._do, self._guard.close)
         self._audit.append("start", fedllm=fedllm.__version__, site=site.name)
-        self._does: dict[str, Callable[[Head, bytes], tuple[Head, bytes]]] = {
+        self._does: dict[str, Callable[[Head, Body], tuple[Head, bytes]]] = {
             "ping": self._ping,
             "ask": self._ask,
             "put": self._put,
@@ -131,11 +131,11 @@ class Desk:
             self._audit.append("refuse", run=str(head.get("run"))[:64], rule=rule, asked=do, why=sentence)
             return {"error": sentence, "rule": rule}, b""
 
-    def _ping(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _ping(self, head: Head, body: Body) -> tuple[Head, bytes]:
         work = {job.run: progress(job, self._site.policy) for job in reversed(self._bench.running())}
         return {"fedllm": fedllm.__version__, "boot": self._boot, "work": work}, b""
 
-    def _ask(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _ask(self, head: Head, body: Body) -> tuple[Head, bytes]:
         run = matching(NAME, head, "run")
         said = {key: head.get(key) for key in SAID}
         asked = facts(said)
@@ -159,7 +159,7 @@ class Desk:
         self._bench.get_ready()
         return {"allowed": True, "reasons": []}, b""
 
-    def _put(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _put(self, head: Head, body: Body) -> tuple[Head, bytes]:
         run, key = matching(NAME, head, "run"), matching(SHA256, head, "key")
         offset, size = whole(head, "offset"), whole(head, "size")
         self._allowed(run)
@@ -173,7 +173,7 @@ class Desk:
             raise Refused(f"a message comes in chunks of at most {LARGEST_CHUNK} bytes, and has at least one byte")
         return {"have": self._spool.put(key, offset, size, body)}, b""
 
-    def _begin(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _begin(self, head: Head, body: Body) -> tuple[Head, bytes]:
         run, key = matching(NAME, head, "run"), matching(SHA256, head, "key")
         with self._entry:
             folder, said = self._allowed(run)
@@ -198,7 +198,7 @@ class Desk:
                 raise
         return {"state": "running"}, b""
 
-    def _wait(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _wait(self, head: Head, body: Body) -> tuple[Head, bytes]:
         run, name = matching(NAME, head, "run"), matching(SHA256, head, "id")
         seconds = head.get("seconds")
         if not isinstance(seconds, (int, float)) or seconds != seconds:
@@ -212,7 +212,7 @@ class Desk:
         done = record.find(self._folder(run), name)
         return (told(done) if done and done.kept else {"state": "unknown"}), b""
 
-    def _get(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _get(self, head: Head, body: Body) -> tuple[Head, bytes]:
         run, key = matching(NAME, head, "run"), matching(SHA256, head, "key")
         offset, length = whole(head, "offset"), whole(head, "length")
         folder, _ = self._allowed(run)
@@ -227,7 +227,7 @@ class Desk:
             file.seek(offset)
             return {"size": done.size}, file.read(min(length, LARGEST_CHUNK))
 
-    def _stop(self, head: Head, body: bytes) -> tuple[Head, bytes]:
+    def _stop(self, head: Head, body: Body) -> tuple[Head, bytes]:
         run = matching(NAME, head, "run")
         stopped = self._bench.stop(run)
         if stopped:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 from fedllm.core.errors import FedllmError
@@ -20,6 +20,7 @@ from fedllm.federation import kits
 from fedllm.federation.health import beat
 from fedllm.federation.keep import keep, until_told
 from fedllm.federation.serve import needs_flare
+from fedllm.runtime.pipe import hear, tell
 
 MODULE = "nvflare.private.fed.app.client.client_train"
 
@@ -41,11 +42,11 @@ def start(name: str, kit: Path, state: Path, answer: Callable[[bytes], bytes]) -
     if not (kit / "startup" / "fed_client.json").exists():
         raise FedllmError(f"'{kit}' has no approval yet; `fedllm site join {name}.approved` puts it there.")
     state.mkdir(parents=True, exist_ok=True)
-    with until_told() as stop, listening(answer) as socket:
+    with until_told() as stop, listening(answer) as desk:
         command = [MODULE, "-m", str(kit), "-s", "fed_client.json", "--set"]
         command += ["secure_train=true", f"uid={name}", "org=fedllm", "config_folder=config"]
         command += [f"heart_beat_interval={kits.HEARTBEAT}"]
-        keep(command, {"FEDLLM_DESK": socket}, state / "output.log", stop, lambda: beat(state))
+        keep(command, {"FEDLLM_DESK": desk}, state / "output.log", stop, lambda: beat(state))
 
 
 @contextmanager
@@ -54,27 +55,32 @@ def listening(answer: Callable[[bytes], bytes]) -> Iterator[str]:
     # A socket's path has 107 characters at most, and a state folder's may be longer.
     folder = tempfile.mkdtemp(prefix="fedllm-", dir=os.environ.get("XDG_RUNTIME_DIR"))
     path = f"{folder}/desk"
-    listener = Listener(path, "AF_UNIX", backlog=64)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
     threading.Thread(target=accept, args=(listener, answer), daemon=True).start()
     try:
         yield path
     finally:
+        # Closing alone would leave the thread in its call.
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def accept(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
+def accept(listener: socket.socket, answer: Callable[[bytes], bytes]) -> None:
     """Give every connection a thread, until the listener is closed."""
     while True:
         try:
-            connection = listener.accept()
+            connection, _ = listener.accept()
         except OSError:
             return
         threading.Thread(target=converse, args=(connection, answer), daemon=True).start()
 
 
-def converse(connection: Connection, answer: Callable[[bytes], bytes]) -> None:
+def converse(connection: socket.socket, answer: Callable[[bytes], bytes]) -> None:
     """Answer one peer until it goes; bytes go in and out, nothing is ever unpickled."""
     with connection, contextlib.suppress(OSError, EOFError):
         while True:
-            connection.send_bytes(answer(connection.recv_bytes(LARGEST_MESSAGE)))
+            tell(connection, answer(hear(connection, LARGEST_MESSAGE)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.federation.disk import on_disk
+from fedllm.runtime.line import Body
 
 WAITING = 4
 """Files that are kept while nobody works on them, half ones too; the oldest makes room for a new one."""
@@ -23,7 +24,7 @@ class Spool:
         self._folder, self._lock = folder, threading.Lock()
         self._whole, self._held = set[str](), Counter[str]()
 
-    def put(self, key: str, offset: int, size: int, chunk: bytes) -> int:
+    def put(self, key: str, offset: int, size: int, chunk: Body) -> int:
         """Take a chunk if it goes on where the file ends, and return the bytes that are there.
 
         Raises:
@@ -82,7 +83,7 @@ class Spool:
             )
 
 
-def append(path: Path, chunk: bytes, have: int) -> None:
+def append(path: Path, chunk: Body, have: int) -> None:
     """Add a chunk to a file of `have` bytes, or leave the file as it was."""
     with on_disk(path):
         try:

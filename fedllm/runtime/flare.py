@@ -15,13 +15,13 @@ import json
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ from nvflare.collab.api.exceptions import RunAborted
 from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.runtime.line import Aborted, Head, Line, Unreachable, decode, encode
+from fedllm.runtime.line import Aborted, Body, Head, Line, Unreachable, decode, encode
+from fedllm.runtime.pipe import hear, tell
 
 FOLDER, LOOP, DESK = "FEDLLM_FOLDER", "FEDLLM_LOOP", "FEDLLM_DESK"
 """The environment: the federation's folder and the run's loop at the server, the desk's socket at a site."""
 
 STOP_SECONDS = 5.0
+
+LARGEST_ANSWER = 32 << 20
+"""Bytes of an answer of the desk; a piece of a reply is far smaller."""
 
 SWEPT = 32 << 20
 """Bytes of messages after which a process frees what is left of them."""
@@ -76,7 +80,7 @@ class Relay:
     def __init__(self) -> None:
         only_bytes()
         self.path = os.environ.get(DESK, "")
-        self.free: queue.LifoQueue[Connection] = queue.LifoQueue()
+        self.free: queue.LifoQueue[socket.socket] = queue.LifoQueue()
 
     @collab.publish
     def answer(self, data: bytes) -> bytes:
@@ -97,17 +101,19 @@ class Relay:
         with suppress(queue.Empty, OSError, EOFError):
             return self.over(self.free.get_nowait(), data)
         # The daemon may have been started anew since; what it answers is the same whoever asks twice.
-        return self.over(Client(self.path, "AF_UNIX"), data)
+        desk = socket.socket(socket.AF_UNIX)
+        desk.connect(self.path)
+        return self.over(desk, data)
 
-    def over(self, connection: Connection, data: bytes) -> bytes:
+    def over(self, desk: socket.socket, data: bytes) -> bytes:
         """Ask over this connection, and keep it if it still works."""
         try:
-            connection.send_bytes(data)
-            answer = connection.recv_bytes()
+            tell(desk, data)
+            answer = hear(desk, LARGEST_ANSWER)
         except BaseException:
-            connection.close()
+            desk.close()
             raise
-        self.free.put(connection)
+        self.free.put(desk)
         return answer
 
 
@@ -197,7 +203,7 @@ def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], wish: Wis
         if aborted():
             raise Aborted("The engine ended this attempt; the next one goes on from the last round.")
 
-    def call(site: str, head: Head, body: bytes, seconds: float) -> tuple[Head, bytes]:
+    def call(site: str, head: Head, body: bytes, seconds: float) -> tuple[Head, Body]:
         check()
         if site not in proxies:
             raise Unreachable(f"{site} is not connected")
@@ -214,7 +220,7 @@ def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], wish: Wis
         if not isinstance(answer, bytes | bytearray):
             raise Unreachable(f"{site} answers with something that is not bytes")
         try:
-            told, content = decode(bytes(answer))
+            told, content = decode(answer)
         except Refused as error:
             raise Unreachable(f"{site} answers with something that is not a message ({error})") from error
         if "unreachable" in told:

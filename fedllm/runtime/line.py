@@ -15,6 +15,9 @@ from fedllm.core.errors import FedllmError, Refused
 Head: TypeAlias = dict[str, Any]
 """What a message says beside its bytes: a JSON object."""
 
+Body: TypeAlias = bytes | memoryview
+"""The bytes of a message; a view where they are part of what came, so that nothing is copied."""
+
 LARGEST_HEAD = 1_000_000
 """Bytes of a head's JSON; progress and refusals are far smaller."""
 
@@ -30,7 +33,7 @@ class Aborted(FedllmError):
 class Line(NamedTuple):
     """What an engine offers to the server of a run."""
 
-    call: Callable[[str, Head, bytes, float], tuple[Head, bytes]]
+    call: Callable[[str, Head, bytes, float], tuple[Head, Body]]
     """From site, head, body and the seconds to wait (15 at most) to the answer; raises `Unreachable` or `Aborted`."""
     sites: Callable[[], Sequence[str]]
     """The sites that the engine of this run knows."""
@@ -45,7 +48,7 @@ def encode(head: Head, body: bytes = b"") -> bytes:
     text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > LARGEST_HEAD:
         raise ValueError(f"the head of a message has {len(text)} bytes, more than {LARGEST_HEAD}")
-    return len(text).to_bytes(4, "big") + text + body
+    return b"".join([len(text).to_bytes(4, "big"), text, body])
 
 
 def head_bytes(head: Head) -> int:
@@ -53,7 +56,7 @@ def head_bytes(head: Head) -> int:
     return 4 + len(json.dumps(head, separators=(",", ":")))
 
 
-def decode(data: bytes) -> tuple[Head, bytes]:
+def decode(data: bytes | bytearray) -> tuple[Head, Body]:
     """Return the head and the body of a message, or raise `Refused`; nothing in it is trusted."""
     size = int.from_bytes(data[:4], "big")
     if len(data) < 4 + size or len(data) < 4 or size > LARGEST_HEAD:
@@ -64,4 +67,4 @@ def decode(data: bytes) -> tuple[Head, bytes]:
         raise Refused(f"the head of its message is not JSON ({type(error).__name__})") from error
     if not isinstance(head, dict):
         raise Refused("the head of its message is not an object")
-    return head, data[4 + size :]
+    return head, memoryview(data)[4 + size :]

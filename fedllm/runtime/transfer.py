@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any
 
 from fedllm.core.errors import Refused
-from fedllm.runtime.line import Head, Line, Unreachable, head_bytes
+from fedllm.runtime.line import Body, Head, Line, Unreachable, head_bytes
 from fedllm.runtime.meter import Traffic
 from fedllm.runtime.spool import Stored, sha256_of
 from fedllm.runtime.store import on_disk
@@ -49,7 +49,7 @@ class Link:
     """When the call under way must be back at the latest; None between calls."""
 
 
-def ask(link: Link, head: Head, body: bytes = b"", seconds: float = LONGEST) -> tuple[Head, bytes] | None:
+def ask(link: Link, head: Head, body: bytes = b"", seconds: float = LONGEST) -> tuple[Head, Body] | None:
     """Call a site once and return its answer, or None, after a pause, if it cannot be reached now.
 
     Raises:

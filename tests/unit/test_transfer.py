@@ -136,7 +136,7 @@ def test_a_site_that_cannot_count_is_refused(site, tmp_path, have):
     "change",
     [
         lambda head, body: (head, body[:-1]),
-        lambda head, body: (head, body + b"x"),
+        lambda head, body: (head, bytes(body) + b"x"),
         lambda head, body: (head, b""),
         lambda head, body: (head, bytes(len(body))),
         lambda head, body: ({}, body),
