@@ -13,9 +13,6 @@ from typing import Any
 
 ROUNDS, REPEATS = 20, 3
 
-PARALLEL = 2
-"""Sites that send or fetch at once: on two cores more of them only take more memory."""
-
 
 def work() -> None:
     """Answer every request with the bytes of its own tensors, under a head that says whose reply it is."""
@@ -62,7 +59,6 @@ def loop(folder: Path, line: Any, expected: Sequence[str]) -> None:
         line,
         folder / "spool",
         run=folder.name,
-        parallel=PARALLEL,
         largest=1 << 30,
         note=lambda site, why: print(site, why, file=sys.stderr),
         progress=lambda site, what: traffic.update({site: what}),

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.federation.disk import on_disk
@@ -23,6 +24,7 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._lock = folder, threading.Lock()
         self._whole, self._held = set[str](), Counter[str]()
+        self._hashed: dict[str, tuple[Any, int]] = {}
 
     def put(self, key: str, offset: int, size: int, chunk: Body) -> int:
         """Take a chunk if it goes on where the file ends, and return the bytes that are there.
@@ -41,6 +43,7 @@ class Spool:
             if offset == have and chunk:
                 self._make_room(key, size - have)
                 append(path, chunk, have)
+                self._hash(key, chunk, have)
                 have += len(chunk)
             if have == size and not self._is_whole(key, look=True):
                 path.unlink(missing_ok=True)
@@ -66,16 +69,27 @@ class Spool:
         if not path.exists():
             self._whole.discard(key)
         elif look and key not in self._whole:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == key:
-                    self._whole.add(key)
+            digest, hashed = self._hashed.pop(key, (None, 0))
+            if digest is None or hashed != path.stat().st_size:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+            if digest.hexdigest() == key:
+                self._whole.add(key)
         return key in self._whole
+
+    def _hash(self, key: str, chunk: Body, have: int) -> None:
+        """Hash a chunk while it is in the cache; what a crash left of a file is hashed when it is whole."""
+        digest, hashed = self._hashed.get(key) or (hashlib.sha256(), 0)
+        if hashed == have:
+            digest.update(chunk)
+            self._hashed[key] = digest, have + len(chunk)
 
     def _make_room(self, key: str, needed: int) -> None:
         others = [path for path in self._folder.iterdir() if path.name not in {key, *self._held}]
         others.sort(key=lambda path: path.stat().st_mtime_ns)
         for path in others[: max(0, len(others) - WAITING + 1)]:
             self._whole.discard(path.name)
+            self._hashed.pop(path.name, None)
             path.unlink()
         if shutil.disk_usage(self._folder).free < needed:
             raise FedllmError(

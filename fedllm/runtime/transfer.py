@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +13,13 @@ from typing import Any
 from fedllm.core.errors import Refused
 from fedllm.runtime.line import Body, Head, Line, Unreachable, head_bytes
 from fedllm.runtime.meter import Traffic
-from fedllm.runtime.spool import Stored, sha256_of
+from fedllm.runtime.spool import Stored
 from fedllm.runtime.store import on_disk
 
 LONGEST = 15.0
 """Seconds that one call may take."""
 
-SMALLEST, FIRST, LARGEST = 1 << 16, 1 << 20, 1 << 23
+SMALLEST, FIRST, LARGEST = 1 << 16, 1 << 20, 1 << 22
 """Bytes of a piece: so many at least, at first and at most; a slow link gets smaller ones, so that calls stay short."""
 
 SILENT = 10.0
@@ -115,7 +116,9 @@ def fetch(link: Link, key: str, size: int, path: Path) -> Stored:
     with on_disk(path):
         have = path.stat().st_size if path.exists() else 0
         resumed = have > 0
-        with path.open("ab") as file:
+        with path.open("a+b") as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256")
             while have < size:
                 length, begun = min(link.piece, size - have), time.monotonic()
                 if not (answer := ask(link, {"do": "get", "key": key, "offset": have, "length": length})):
@@ -124,10 +127,12 @@ def fetch(link: Link, key: str, size: int, path: Path) -> Stored:
                 if whole(answer[0], "size", size) != size or len(answer[1]) != length:
                     raise Refused(f"it sends {len(answer[1])} bytes of its reply where {length} were asked for")
                 file.write(answer[1])
+                # While it is in the cache: read again at the end, the hash would cost twice as much.
+                digest.update(answer[1])
                 have += length
                 paced(link, time.monotonic() - begun)
                 link.tell(link.site, "fetching", {})
-        if have == size and sha256_of(path) == key:
+        if have == size and digest.hexdigest() == key:
             return Stored(path, key, size)
         path.unlink()
     if resumed:
