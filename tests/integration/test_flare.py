@@ -90,7 +90,7 @@ class Federation:
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    made = Federation(tmp_path_factory.mktemp("flare"), ["a", "b"])
+    made = Federation(tmp_path_factory.mktemp("a site's place"), ["a", "b"])
     yield made
     made.close()
     until(lambda: not processes("nvflare", str(made.place)), 20)

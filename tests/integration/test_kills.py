@@ -24,8 +24,8 @@ from tests.integration.test_two_machines import SITES, adapter, prepare
 KILLS = int(os.environ.get("FEDLLM_KILLS", "100"))
 SEED = int(os.environ.get("FEDLLM_SEED", "0"))
 KILLS_A_RUN = 3
-LIMIT = 240.0
-"""Seconds within which a run must end, from its last kill on."""
+LIMIT = float(os.environ.get("FEDLLM_LIMIT", "240"))
+"""Seconds within which a run must end, from its last kill on; a busy machine needs more."""
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("nvflare", reason="the extra fedllm[federation] is not installed")
