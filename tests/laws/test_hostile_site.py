@@ -26,8 +26,8 @@ from fedllm.exchange.select import everyone
 from fedllm.runtime import errand
 from fedllm.runtime.line import Line
 from fedllm.runtime.remote import remote
-from fedllm.runtime.wire import pack_reply
 from tests.fake_site import RUN, stepping
+from tests.messages import pack_reply
 
 EXAMPLES = int(os.environ.get("FEDLLM_EXAMPLES", 100_000))
 """Answers that the slow test tries; `FEDLLM_EXAMPLES=1000000 pytest -m slow tests/laws/test_hostile_site.py`."""
