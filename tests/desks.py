@@ -15,7 +15,7 @@ from fedllm.federation.desk import Desk
 from fedllm.federation.policy import Site
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import decode, encode
-from fedllm.runtime.wire import unpack_reply
+from tests.messages import unpack_reply
 
 WORKER = [sys.executable, "-S", str(Path(__file__).with_name("fake_worker.py"))]
 

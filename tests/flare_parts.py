@@ -1,17 +1,21 @@
-"""Small stand-ins for a federation's two ends: a run's loop that does what its recipe says, and a site that echoes.
+"""Stand-ins for a federation's two ends: a run's loop that does what its recipe says, and sites that echo or work.
 
-Run as `python -m tests.flare_parts server FOLDER` or `... site NAME FOLDER`.
+Run as `python -m tests.flare_parts server FOLDER`, `... site NAME FOLDER` or `... fake NAME FOLDER`.
 """
 
+import importlib
 import json
 import os
 import sys
+import threading
 import time
 import tomllib
+from contextlib import suppress
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 from fedllm.core.errors import FedllmError
-from fedllm.runtime.line import decode, encode
+from fedllm.runtime.line import Aborted, Unreachable, decode, encode
 
 
 def lead(folder, line, expected):
@@ -31,6 +35,8 @@ def lead(folder, line, expected):
             seconds.append(time.perf_counter() - begun)
             assert back == body and head["site"] == site
         (folder / "echo.json").write_text(json.dumps(seconds))
+    if recipe["do"] == "bridge":
+        bridge(recipe["socket"], line)
     rounds = 0
     while recipe["do"] == "hold" and not (folder / "go").exists():
         rounds += 1
@@ -38,6 +44,60 @@ def lead(folder, line, expected):
         for site in line.sites():
             line.call(site, {"do": "ping"}, b"", 5.0)
         time.sleep(0.2)
+
+
+def bridge(path, line):
+    """Do the calls that others ask for over a socket, until the run ends."""
+
+    def converse(connection):
+        with connection, suppress(OSError, EOFError):
+            while True:
+                asked, body = decode(connection.recv_bytes())
+                try:
+                    head, content = line.call(asked["site"], asked["head"], body, asked["seconds"])
+                    connection.send_bytes(encode({"head": head}, content))
+                except Unreachable as error:
+                    connection.send_bytes(encode({"unreachable": str(error)}))
+                except Aborted as error:
+                    connection.send_bytes(encode({"aborted": str(error)}))
+
+    def accept():
+        while True:
+            threading.Thread(target=converse, args=(listener.accept(),), daemon=True).start()
+
+    listener = Listener(path, "AF_UNIX", backlog=64)
+    threading.Thread(target=accept, daemon=True).start()
+    while True:
+        # Raises when the run is stopped.
+        with suppress(Unreachable):
+            line.call(line.sites()[0], {"do": "ping"}, b"", 5.0)
+        time.sleep(0.2)
+
+
+def fake(name, folder):
+    """Answer as the fake site of `tests.fake_site` does, with the client that it is told."""
+    from fedllm.federation.site_daemon import start
+    from tests.fake_site import FakeSite
+
+    desk, hush = None, 0.0
+
+    def answer(data):
+        nonlocal desk, hush
+        head, _ = decode(data)
+        if head["do"] == "client":
+            client = getattr(importlib.import_module(head["module"]), head["name"])
+            desk = FakeSite(name, client, folder / "fake" / str(head["number"]))
+        elif head["do"] == "hush":
+            hush = time.monotonic() + head["seconds"]
+        elif head["do"] == "ran":
+            return encode({"ran": desk.ran})
+        elif head["do"] not in ("ping", "stop"):
+            while time.monotonic() < hush:
+                time.sleep(0.1)
+            return desk.answer(data)
+        return encode({"site": name})
+
+    start(name, folder / "kit", folder / "state", answer)
 
 
 def site(name, folder):
@@ -89,4 +149,4 @@ if __name__ == "__main__":
 
         serve(Path(sys.argv[2]), "tests.flare_parts:lead")
     else:
-        site(sys.argv[2], Path(sys.argv[3]))
+        {"site": site, "fake": fake}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

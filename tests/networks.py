@@ -16,6 +16,9 @@ import pytest
 PREFIX = "fedllm-"
 SWITCH = "switch"
 
+HEADERS = 14 + 20 + 32
+"""Bytes of a frame's headers; a full one carries 1448 bytes of its 1514."""
+
 
 class Slow(NamedTuple):
     """A bad link: seconds of delay one way, share of frames lost, Mbit/s."""
@@ -103,8 +106,30 @@ def mend(name: str) -> None:
     sh("ip", "-n", PREFIX + name, "link", "set", "eth0", "up")
 
 
-def received_and_sent(name: str) -> tuple[int, int]:
-    """Return the bytes that a machine has received and sent, all headers counted."""
+class Carried(NamedTuple):
+    """What a machine's cable has carried, and what its TCP had to say twice."""
+
+    received: int
+    """Bytes of whole frames."""
+    sent: int
+    frames_in: int
+    frames_out: int
+    again: int
+    """Segments that were sent again."""
+
+    def since(self, before: Carried) -> Carried:
+        """Return what came after `before`."""
+        return Carried(*(now - then for now, then in zip(self, before, strict=True)))
+
+    def streams(self) -> tuple[int, int]:
+        """Return the bytes received and sent less the headers of Ethernet, IP and TCP (with its timestamps)."""
+        return self.received - HEADERS * self.frames_in, self.sent - HEADERS * self.frames_out
+
+
+def carried(name: str) -> Carried:
+    """Count what a machine's cable has carried so far."""
     counts = "/sys/class/net/eth0/statistics/"
-    received, sent = sh(*on(name, "cat", f"{counts}rx_bytes", f"{counts}tx_bytes")).split()
-    return int(received), int(sent)
+    files = [f"{counts}{what}" for what in ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")]
+    *numbers, tcp = sh(*on(name, "cat", *files, "/proc/net/snmp")).split("\n", 4)
+    names, values = (line.split() for line in tcp.splitlines() if line.startswith("Tcp:"))
+    return Carried(*map(int, numbers), int(values[names.index("RetransSegs")]))

@@ -67,6 +67,9 @@ if __name__ == "__main__":
     near, near_device, far, far_device, *how = sys.argv[1:]
     delay, loss, mbit = map(float, how)
     a, b = tap(near, near_device), tap(far, far_device)
+    # A busy machine must not look like a worse link.
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     print("up", flush=True)
     threading.Thread(target=carry, args=(a, b, delay, loss, mbit), daemon=True).start()
     carry(b, a, delay, loss, mbit)

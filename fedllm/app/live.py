@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from fedllm.app.progress import Ui
 from fedllm.core.errors import FedllmError
 from fedllm.runtime.line import Aborted
-from fedllm.runtime.store import write_text
+from fedllm.runtime.store import on_disk, write_text
 
 SAID = 200
 """Lines of a run that are kept for whoever looks."""
@@ -39,8 +40,10 @@ class Live:
         self._over.set()
         # What the engine ended goes on in another job; only the run's own faults are its end.
         if isinstance(error, FedllmError) and not isinstance(error, Aborted):
-            self.say(str(error))
-            self.turn(state="failed")
+            # A disk that is full must not put its own error in the place of this one, which says so.
+            with suppress(FedllmError):
+                self.say(str(error))
+                self.turn(state="failed")
         elif error is None:
             self.turn(state="done")
 
@@ -62,13 +65,15 @@ class Live:
         """Keep a line for those who look, and in the run's log."""
         with self._lock:
             self.said = [*self.said, text][-SAID:]
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with on_disk(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
         self._write()
 
     def _beats(self) -> None:
         while not self._over.wait(2):
-            self._write()
+            # What cannot be shown now is shown when there is room; the run itself says what it cannot write.
+            with suppress(FedllmError):
+                self._write()
 
     def _write(self) -> None:
         with self._lock:

@@ -21,6 +21,8 @@ from fedllm.core.errors import FedllmError
 from fedllm.federation.control import Ask, copy
 
 LOOK_SECONDS = 1.0
+LITTLE = 50_000_000
+"""Bytes of free disk below which a server is said to be full."""
 WEIGHTS = ("adapter/", "model/")
 RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "recipe.toml", "log.txt")
 
@@ -37,13 +39,15 @@ def watch(ask: Ask, name: str, admin: Path) -> None:
     try:
         with Live(console=out, refresh_per_second=2, transient=True) as screen:
             while True:
-                run = ask({"do": "status", "name": name})["runs"][name]
+                status = ask({"do": "status", "name": name})
+                run = status["runs"][name]
                 told = run["live"] or {}
                 for line in fresh(seen, told.get("says", [])):
                     say(line)
                 if run["state"] in ("done", "failed", "stopped"):
                     break
-                screen.update(Group(Text(headline(name, run)), *site_table(told.get("sites", {}))))
+                lines = [Text(headline(name, run)), *full(status)]
+                screen.update(Group(*lines, *site_table(told.get("sites", {}))))
                 time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         say(f"{name} goes on without you; `fedllm federation attach {name}` comes back to it, `stop` stops it.")
@@ -107,8 +111,15 @@ def site_table(sites: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     yield table
 
 
-def status_table(told: Mapping[str, Any]) -> Iterator[Table]:
+def full(told: Mapping[str, Any]) -> Iterator[Text]:
+    """Yield a warning where the server's disk has hardly any room."""
+    if (free := told.get("free", LITTLE)) < LITTLE:
+        yield Text(f"The server's disk has {free / 1e6:.1f} MB left; make room there.", style="red")
+
+
+def status_table(told: Mapping[str, Any]) -> Iterator[Table | Text]:
     """Yield the sites, and the runs with what their sites are at."""
+    yield from full(told)
     sites = Table("site", "connected", box=None, padding=(0, 1))
     for name, site in told["sites"].items():
         sites.add_row(name, "revoked" if site["revoked"] else "yes" if site["connected"] else "no")

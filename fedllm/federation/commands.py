@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shutil
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -94,9 +95,9 @@ def status(folder: Path, user: str, head: Head) -> dict[str, Any]:
     names = [run_name(head)] if head.get("name") else run_names(folder)
     runs = {name: told(run_folder(folder, name)) for name in names}
     refused = revoked(folder)["names"]
-    connected = notes.get(folder / "connected.json").get("sites", {})
+    connected = notes.get(folder / "connected.json").get("sites", [])
     sites = {site: {"connected": site in connected, "revoked": site in refused} for site in of(folder).sites}
-    return {"runs": runs, "sites": sites}
+    return {"runs": runs, "sites": sites, "free": shutil.disk_usage(folder).free}
 
 
 def told(folder: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Hub(FLComponent):
         tls.install()
         self.folder = Path(os.environ[FOLDER])
         self.attempts: dict[str, Attempt] = {}
+        self.told: dict[str, dict[str, Any]] = {}
         self.since: dict[str, tuple[str, float]] = {}
         self.over = threading.Event()
 
@@ -95,19 +96,20 @@ class Hub(FLComponent):
 
     def connected(self, engine: Any) -> dict[str, tuple[str, float]]:
         """Return who is connected: site -> (token, seconds since it registered); a token is of one registration."""
-        now, agents = time.time(), engine.server.cell.core_cell.agents
+        # A clock that is set while runs are at work must not make them wait: only FLARE's own times are of that clock.
+        now, today, agents = time.monotonic(), time.time(), engine.server.cell.core_cell.agents
         # A process that died has closed its connection; a machine that did has only fallen silent.
         alive = {
             client.name: client.token
             for client in engine.get_clients()
-            if client.get_fqcn() in agents and now - client.last_connect_time < attempts.SILENT
+            if client.get_fqcn() in agents and today - client.last_connect_time < attempts.SILENT
         }
         since = {
             name: self.since[name] if self.since.get(name, ("", 0))[0] == token else (token, now)
             for name, token in alive.items()
         }
         if since != self.since:
-            notes.put(self.folder / "connected.json", {"sites": {n: at for n, (_, at) in since.items()}})
+            notes.put(self.folder / "connected.json", {"sites": sorted(since)})
         self.since = since
         return {name: (token, now - at) for name, (token, at) in since.items()}
 
@@ -125,9 +127,11 @@ class Hub(FLComponent):
             sites = [site for site in seen.wanted_sites if site in connected]
             after = after._replace(job=self.submit(engine, fl_ctx, run.name, str(after.number), sites))
             log.info("run %s: attempt %d with %s is job %s", run.name, after.number, ", ".join(sites), after.job)
-        if attempts.told(after) != attempts.told(before) or run.name not in self.attempts:
-            notes.put(run / "engine.json", attempts.told(after))
         self.attempts[run.name] = after
+        # Where the disk is full this is tried again in every look, and what was done is not done twice.
+        if attempts.told(after) != self.told.get(run.name):
+            notes.put(run / "engine.json", attempts.told(after))
+            self.told[run.name] = attempts.told(after)
 
     def see(
         self,
@@ -154,7 +158,7 @@ class Hub(FLComponent):
         ]
         names = {client.name for client in ((process or {}).get(RunProcessKey.PARTICIPANTS) or {}).values()}
         return Seen(
-            now=time.time(),
+            now=time.monotonic(),
             wanted=str(wish.get("wanted", "stop")),
             asked=int(wish.get("asked", 0)),
             patience=float(wish.get("patience", commands.PATIENCE)),

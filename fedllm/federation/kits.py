@@ -27,6 +27,8 @@ CLASSES = [
 ]
 """All that a job may build."""
 
+LAUNCHER = "fedllm.federation.launch.Launcher"
+
 RIGHTS = {
     "fedllm_admin": {"view": "none", "operate": "none", "submit_job": "none", "byoc": "none"},
     "fedllm_server": {"submit_job": "any", "byoc": "none"},
@@ -94,10 +96,7 @@ def server_kit(folder: Path, consortium: Consortium) -> None:
                     job_store_id="job_store",
                 ),
                 part("job_store", store),
-                part(
-                    "process_launcher",
-                    "nvflare.app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher",
-                ),
+                part("process_launcher", LAUNCHER),
             ],
         },
     )
@@ -176,10 +175,7 @@ def site_kit(kit: Path, name: str, consortium: str, address: str, port: int) -> 
                     "resource_consumer",
                     "nvflare.app_common.resource_consumers.passthrough_resource_consumer.PassthroughResourceConsumer",
                 ),
-                part(
-                    "process_launcher",
-                    "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher",
-                ),
+                part("process_launcher", LAUNCHER),
             ],
         },
     )

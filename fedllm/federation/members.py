@@ -51,8 +51,6 @@ def init(source: Path, folder: Path) -> str:
     """
     consortium = read_consortium(source)
     folder = folder.absolute()
-    if re.search(r"\s", str(folder)):
-        raise FedllmError(f"The path '{folder}' has a space, which FLARE's commands cannot take; choose another.")
     if folder.exists() and any(folder.iterdir()):
         raise FedllmError(f"'{folder}' exists already and has keys that may be in use; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

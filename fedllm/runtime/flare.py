@@ -69,9 +69,7 @@ class Lead:
             threading.Thread(target=wish.watch, args=(self.run, line), daemon=True).start()
             end = ended(os.environ[LOOP], folder, line, wish)
             wish.over.set()
-            from fedllm.runtime.store import write_text
-
-            write_text(folder / "ended.json", json.dumps({"attempt": self.attempt, **end}))
+            tell(folder / "ended.json", {"attempt": self.attempt, **end}, context.is_aborted)
 
 
 class Relay:
@@ -242,6 +240,18 @@ def ended(loop: str, folder: Path, line: Line, wish: Wish) -> dict[str, str]:
     except Exception as error:  # a crash is written down for the supervisor, which tries again
         log.exception("the loop of a run crashed")
         return {"state": "crashed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def tell(path: Path, end: Mapping[str, str], aborted: Callable[[], bool]) -> None:
+    """Write down how an attempt ended; where the disk is full, as soon as there is room."""
+    from fedllm.runtime.store import write_text
+
+    while not aborted():
+        try:
+            return write_text(path, json.dumps(end))
+        except FedllmError as error:
+            log.warning("%s", error)
+            time.sleep(2.0)
 
 
 def load(name: str) -> Callable[..., None]:

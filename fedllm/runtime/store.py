@@ -157,5 +157,5 @@ def on_disk(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise FedllmError(
-            f"'{path}' cannot be written ({reason}); make room, then `fedllm resume` goes on from the last round kept."
+            f"'{path}' cannot be written ({reason}); make room, then resume the run: it goes on from its last round."
         ) from error

@@ -1,4 +1,4 @@
-"""Messages as bytes: safetensors with a JSON header, never pickle; nothing that a peer says is trusted."""
+"""What a message says beside its tensors, and the bytes it takes; nothing that a peer says is trusted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import Reply, Request, Scalars, Tensors
@@ -31,49 +28,6 @@ CODES = {
 """The types that travel, in the order in which safetensors lays them out."""
 
 ORDER = {dtype: place for place, dtype in enumerate(CODES)}
-
-
-def pack(tensors: Tensors, head: Mapping[str, Any]) -> bytes:
-    """Return tensors and a JSON-able head as one safetensors message; bf16 stays bf16."""
-    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    return save(own, {"fedllm": json.dumps(head, sort_keys=True)})
-
-
-def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the head of a message, or raise `Refused`."""
-    try:
-        size = int.from_bytes(data[:8], "little")
-        head = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedllm"])
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Refused(f"its bytes are not a message ({type(error).__name__})") from error
-    if not isinstance(head, dict):
-        raise Refused("the head of its message is not an object")
-    return tensors, head
-
-
-def pack_request(request: Request) -> bytes:
-    """Return a request as bytes."""
-    return pack(request.tensors, request_head(request))
-
-
-def unpack_request(data: bytes) -> Request:
-    """Return the request in a message, or raise `Refused`."""
-    tensors, head = unpack(data)
-    try:
-        return Request(str(head["client"]), int(head["round"]), str(head["op"]), tensors, numbers(head["scalars"]))
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise Refused(f"its message is not a request ({error})") from error
-
-
-def pack_reply(reply: Reply) -> bytes:
-    """Return a reply as bytes."""
-    return pack(reply.tensors, reply_head(reply))
-
-
-def unpack_reply(data: bytes) -> Reply:
-    """Return the reply in a message, or raise `Refused`."""
-    return reply_of(*unpack(data))
 
 
 def reply_of(tensors: Tensors, head: Mapping[str, Any]) -> Reply:
@@ -112,7 +66,7 @@ def reply_head(reply: Reply) -> dict[str, Any]:
 
 
 def message_bytes(tensors: Tensors, head: Mapping[str, Any]) -> int:
-    """Return the length of `pack(tensors, head)` without making it."""
+    """Return the length of a message of these tensors and this head without making it."""
     listed, payload = layout(tuple((name, value.dtype, value.shape) for name, value in tensors.items()))
     text = json.dumps({"__metadata__": {"fedllm": json.dumps(head, sort_keys=True)}}, separators=(",", ":"))
     return 8 + 8 * math.ceil((len(text) + listed) / 8) + payload

@@ -8,11 +8,8 @@ import signal
 import socket
 import ssl
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,76 +18,13 @@ pytest.importorskip("nvflare", reason="the engine is not installed: pip install 
 
 from fedllm.core.errors import FedllmError
 from fedllm.federation import attempts, commands, control, keys, members
+from tests.flare_federation import USER, Federation
 from tests.flare_parts import lives, processes, until
-
-ROOT = Path(__file__).resolve().parents[2]
-USER = "admin@example.org"
-
-
-def free_port():
-    with closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def daemon(log, *arguments):
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.flare_parts", *map(str, arguments)],
-            stdout=out,
-            stderr=out,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-
-class Federation:
-    """A server and sites that are daemons of their own, and what a test does with them."""
-
-    def __init__(self, place, sites):
-        self.place, self.folder, self.port = place, place / "federation", free_port()
-        (place / "consortium.toml").write_text(
-            f'name = "demo"\nadmin = "{USER}"\nsites = {json.dumps(sites)}\n'
-            f'[server]\naddress = "127.0.0.1"\nport = {self.port}\n'
-        )
-        members.init(place / "consortium.toml", self.folder)
-        for site in sites:
-            members.join(members.approve(self.folder, members.request(site, place / site)), place / site)
-        self.begun = time.monotonic()
-        self.daemons = {"server": daemon(place / "server.log", "server", self.folder)}
-        for site in sites:
-            self.start(site)
-
-    def start(self, site):
-        self.daemons[site] = daemon(self.place / f"{site}.log", "site", site, self.place / site)
-
-    def submit(self, name, **recipe):
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in recipe.items())
-        control.submit(self.folder, name, text)
-
-    def state(self, name):
-        return control.status(self.folder, name)["runs"][name]
-
-    def ends(self, name, seconds=60):
-        return until(lambda: (s := self.state(name))["state"] in ("done", "failed", "stopped") and s, seconds)
-
-    def attempts(self, name):
-        path = self.folder / "runs" / name / "attempts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def log(self):
-        return (self.folder / "server" / "log.txt").read_text()
-
-    def close(self):
-        for each in self.daemons.values():
-            each.terminate()
-        for each in self.daemons.values():
-            each.wait(20)
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    made = Federation(tmp_path_factory.mktemp("flare"), ["a", "b"])
+    made = Federation(tmp_path_factory.mktemp("a site's place"), ["a", "b"])
     yield made
     made.close()
     until(lambda: not processes("nvflare", str(made.place)), 20)

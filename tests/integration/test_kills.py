@@ -22,9 +22,10 @@ from fedllm.runtime.store import read_events
 from tests.integration.test_two_machines import SITES, adapter, prepare
 
 KILLS = int(os.environ.get("FEDLLM_KILLS", "100"))
+SEED = int(os.environ.get("FEDLLM_SEED", "0"))
 KILLS_A_RUN = 3
-LIMIT = 240.0
-"""Seconds within which a run must end, from its last kill on."""
+LIMIT = float(os.environ.get("FEDLLM_LIMIT", "240"))
+"""Seconds within which a run must end, from its last kill on; a busy machine needs more."""
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("nvflare", reason="the extra fedllm[federation] is not installed")
@@ -108,7 +109,7 @@ def test_a_hundred_kills(tmp_path):
         for name in SITES
     }
     commands["server"] = [*FEDLLM, "federation", "start", str(folder)]
-    kept, chance, killed, told = Kept(commands, tmp_path / "terminal.log"), random.Random(0), 0, []
+    kept, chance, killed, told = Kept(commands, tmp_path / "terminal.log"), random.Random(SEED), 0, []
     try:
         number = 0
         while killed < KILLS:

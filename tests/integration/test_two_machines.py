@@ -59,7 +59,7 @@ class Machine:
         self.name, self.folder = name, folder
         folder.mkdir(exist_ok=True)
 
-    def types(self, *command: str, seconds: float = 300, code: int = 0) -> str:
+    def types(self, *command: str, seconds: float = 900, code: int = 0) -> str:
         """Type a fedllm command and return what it prints."""
         done = subprocess.run(
             on(self.name, *FEDLLM, *command), cwd=self.folder, capture_output=True, text=True, timeout=seconds

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import os
 import resource
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from fedllm.core.aggregate import mean
@@ -24,11 +26,13 @@ from fedllm.exchange.select import everyone
 from fedllm.runtime import errand
 from fedllm.runtime.line import Line
 from fedllm.runtime.remote import remote
-from fedllm.runtime.wire import pack_reply
 from tests.fake_site import RUN, stepping
+from tests.messages import pack_reply
 
 EXAMPLES = int(os.environ.get("FEDLLM_EXAMPLES", 100_000))
 """Answers that the slow test tries; `FEDLLM_EXAMPLES=1000000 pytest -m slow tests/laws/test_hostile_site.py`."""
+
+SLICE = 4000
 
 GOOD, EVIL, ROUND = "good", "evil", 3
 LIKE = {"w": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -218,19 +222,24 @@ def try_all(examples):
     with quick() as folder:
         alone = without_evil(folder)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # What hypothesis remembers of its examples grows with them, so each some thousand are a search of their own.
+        for part in range(math.ceil(examples / SLICE)):
 
-        @settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-        )
-        @given(SITES)
-        def check(site):
-            hold(site[0], folder, alone, lie=site[1])
+            @seed(part)
+            @settings(
+                max_examples=min(SLICE, examples - part * SLICE),
+                deadline=None,
+                database=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+            )
+            @given(SITES)
+            def check(site):
+                hold(site[0], folder, alone, lie=site[1])
 
-        check()
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+            check()
+            gc.collect()
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+            assert threading.active_count() <= 2
 
 
 def test_no_lie_counts_and_none_does_harm():

@@ -15,11 +15,11 @@ from fedllm.exchange.clip import clip
 from fedllm.exchange.select import everyone
 from fedllm.exchange.top_k import top_k
 from fedllm.runtime.local import cohort, local
-from fedllm.runtime.wire import pack_reply, pack_request, unpack_reply, unpack_request
 from fedllm.silo.examples import Example, collate, draws
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.trainables import full, lora, trained
 from fedllm.silo.training import local_training
+from tests.messages import pack_reply, pack_request, unpack_reply, unpack_request
 from tests.tiny import tiny_model
 
 VOCABULARY, PAD = 64, 0

@@ -18,7 +18,6 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request
 from fedllm.federation.desk import Desk
 from fedllm.runtime.remote import remote
-from fedllm.runtime.wire import unpack_reply
 from tests.desks import (
     PAYLOAD,
     WORKER,
@@ -38,13 +37,7 @@ from tests.desks import (
     site_in,
 )
 from tests.fake_site import line_to
-
-
-@pytest.fixture
-def desk(tmp_path):
-    with desk_in(tmp_path) as desk:
-        ask(desk)
-        yield desk
+from tests.messages import unpack_reply
 
 
 def test_a_round_is_asked_sent_done_and_fetched(desk, tmp_path):

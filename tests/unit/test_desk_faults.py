@@ -33,13 +33,6 @@ from tests.desks import (
 )
 
 
-@pytest.fixture
-def desk(tmp_path):
-    with desk_in(tmp_path) as desk:
-        ask(desk)
-        yield desk
-
-
 def train_until_killed(folder):
     with desk_in(folder) as desk:
         ask(desk)

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half(tmp_path, mon
         raise FULL
 
     monkeypatch.setattr(store, "save_file", full)
-    with pytest.raises(FedllmError, match=r"round-000002.*No space left on device.*make room.*fedllm resume"):
+    with pytest.raises(FedllmError, match=r"round-000002.*No space left on device.*make room.*resume the run"):
         save_checkpoint(tmp_path, checkpoint(2))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-000001.safetensors"]
     same(load_checkpoint(tmp_path), checkpoint(1))

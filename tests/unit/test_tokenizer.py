@@ -20,10 +20,10 @@ from fedllm.algorithms.tokenizer import byte_pairs, learn, spellings, tokens_per
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Reply, Silo
 from fedllm.runtime.local import local
-from fedllm.runtime.wire import pack_reply, unpack_reply
 from fedllm.silo.count_noise import noised
 from fedllm.silo.token_counts import Pairs, count_pairs, count_words, merged
 from fedllm.silo.token_files import make_tokenizer, pooled_tokenizer
+from tests.messages import pack_reply, unpack_reply
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "pretrain"
 WORDS = ["the cat sat on the mat and the other cat sat there", "a mat, a hat; the hats of the cats!", "That's  that.\n"]

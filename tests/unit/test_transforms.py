@@ -13,7 +13,7 @@ from fedllm.core.types import Facts, Reply, Request, Silo, Work
 from fedllm.exchange.cast import cast
 from fedllm.exchange.clip import clip
 from fedllm.exchange.top_k import top_k
-from fedllm.runtime.wire import pack_reply, unpack_reply
+from tests.messages import pack_reply, unpack_reply
 
 
 def test_clip_scales_a_norm_of_five_down_to_one():
