@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
-from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
+from fedllm.exchange import cast, clip, dct, deltas, fragments, quantise, select, top_k
 from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
@@ -32,7 +32,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "client": {"local_training": training.local_training},
     "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
-    "share": {"everything": everything, "fragments": fragments.fragments},
+    "share": {"everything": everything, "fragments": fragments.fragments, "deltas": deltas.deltas},
     "aggregate": {"mean": aggregate.mean},
     "optimiser": {
         "fedavg": optimisers.fedavg,

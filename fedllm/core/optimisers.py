@@ -42,9 +42,22 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptimize
     return ServerOptimizer(f"FedAvgM(lr {learning_rate:g}, momentum {momentum:g})", init, step)
 
 
+def outer_defaults(rounds: int | None) -> tuple[float, float]:
+    """Return the outer learning rate and momentum for a run of so many rounds: 0.7 and 0.9, DiLoCo's, from 80 on.
+
+    Momentum remembers about 1 / (1 - momentum) rounds, here an eighth of the run at most; without it the mean is taken
+    as it is, at rate 1, and between the two the rate is 1 - momentum / 3.
+
+    >>> [tuple(round(value, 2) for value in outer_defaults(rounds)) for rounds in (8, 10, 16, 80, 500)]
+    [(1.0, 0.0), (0.93, 0.2), (0.83, 0.5), (0.7, 0.9), (0.7, 0.9)]
+    """
+    momentum = min(0.9, max(0.0, 1 - 8 / rounds)) if rounds else 0.9
+    return 1 - momentum / 3, momentum
+
+
 def nesterov(
-    learning_rate: float = 0.7,
-    momentum: float = 0.9,
+    learning_rate: float | None = None,
+    momentum: float | None = None,
     warmup: float = 0.0,
     schedule: Shape = "constant",
     floor: float = 0.0,
@@ -55,9 +68,12 @@ def nesterov(
     As `torch.optim.SGD(nesterov=True)`, to the bit: m = momentum * m + mean; params -= learning_rate * (mean +
     momentum * m). The learning rate rises over the first `warmup` rounds (below 1: that share of all `rounds`), then
     is `constant` or falls, `linear` or as a `cosine`, to `floor` times itself over all `rounds`. In the long run each
-    mean moves the parameters by learning_rate / (1 - momentum) times itself, 7 times with the defaults; a run of few
-    rounds ends before they have moved that far.
+    mean moves the parameters by learning_rate / (1 - momentum) times itself, 7 times with DiLoCo's values; a run of few
+    rounds ends before they have moved that far, so what is not given follows from `rounds` (`outer_defaults`).
     """
+    usual_rate, usual_momentum = outer_defaults(rounds)
+    learning_rate = usual_rate if learning_rate is None else learning_rate
+    momentum = usual_momentum if momentum is None else momentum
     if learning_rate <= 0:
         raise FedllmError(f"optimiser.learning_rate is {learning_rate:g}; it must be above 0.")
     if not 0 <= momentum < 1:

@@ -137,7 +137,9 @@ def averaging(
     def wire(like: Tensors) -> Tensors:
         return largest(wire_stages(transforms, part)[-1] for part in parts_of(share, like))
 
-    return Algorithm(init, client, server, cohort, steps, wire, lambda like: largest(parts_of(share, like)))
+    return Algorithm(
+        init, client, server, cohort, steps, wire, lambda like: share.packed(largest(parts_of(share, like)))
+    )
 
 
 def parts_of(share: Share, like: Tensors) -> Iterator[Tensors]:

@@ -211,6 +211,8 @@ class Share(NamedTuple):
     period: int = 1
     work: Callable[[Work], Work] = lambda work: work
     note: Callable[[State, Sequence[str], Set[str]], Tensors] = lambda state, asked, answered: {}
+    packed: Callable[[Tensors], Tensors] = lambda params: params
+    """How what comes back would be sent down to a client that follows the run; runs on meta tensors."""
 
 
 class Step(NamedTuple):
