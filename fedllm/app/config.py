@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedllm.core.errors import FedllmError, first_problem
 
 
+SHORT_NAMES = {"smollm2-135m": "smollm2-135m-instruct"}
+"""What a model may be called for short -> the name under which it is told of; there is only this one of its size."""
+
+
 class Closed(BaseModel):
     """A table whose keys are all known."""
 
@@ -53,15 +57,26 @@ class Evaluate(Closed):
     batch_size: int = Field(16, gt=0)
     alone: bool = True
     """Train each silo alone with the same budget."""
-    pooled: bool | Literal["data_parallel"] = False
+    pooled: bool | Literal["data_parallel", "same_batches"] = False
     """Train on everything in one place, only where the texts may be shared: one batch after the other, or as many
-    steps as a silo takes on the batches of all together (`data_parallel`)."""
+    steps as a silo takes on batches as large as those of all together, drawn from all text (`data_parallel`) or the
+    silos' very own, side by side (`same_batches`): then large silos do not count for more than in federated training."""
     choice: dict[str, str] = {}
     """Multiple-choice files by name, scored before and after."""
     exact: dict[str, str] = {}
     """Files of prompts and answers by name, answered and matched before and after."""
+    general: dict[str, str] = {}
+    """Plain text by name that no silo holds; its loss before and after says what was forgotten. A file alone is named
+    after itself."""
     limit: int = Field(100, gt=0)
-    """Rows of those files that are used at most."""
+    """Rows of those files, or blocks of general text, that are used at most."""
+    examples: int = Field(0, ge=0)
+    """Held-out examples of a silo that are scored at most, spread evenly over all of them (0: all)."""
+
+    @field_validator("general", mode="before")
+    @classmethod
+    def _named_after_itself(cls, general: Any) -> Any:
+        return {Path(general).name.partition(".")[0]: general} if isinstance(general, str) else general
 
 
 class Scratch(Closed):
@@ -136,6 +151,11 @@ class Recipe(Closed):
         if not isinstance(silos, Mapping):
             return silos
         return {name: {"train": files} if isinstance(files, str) else files for name, files in silos.items()}
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _long_name(cls, model: str) -> str:
+        return SHORT_NAMES.get(model, model)
 
     @field_validator("client", mode="before")
     @classmethod

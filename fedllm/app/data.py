@@ -15,6 +15,7 @@ from fedllm.silo.cleaning import clean
 from fedllm.silo.columns import renamed
 from fedllm.silo.database import read_query
 from fedllm.silo.docstrings import docstring_rows
+from fedllm.silo.examples import spread
 from fedllm.silo.sources import hold_out, read_rows
 from fedllm.silo.speeches import speech_rows
 from fedllm.silo.tasks import Task
@@ -127,8 +128,9 @@ def counted(counts: Mapping[str, int]) -> str:
 class Silos:
     """The silos of a run: examples are made when a silo is first asked and kept for the next round."""
 
-    def __init__(self, shards: dict[str, Shard], task: Task) -> None:
-        self.shards, self.task = shards, task
+    def __init__(self, shards: dict[str, Shard], task: Task, tested: int = 0) -> None:
+        """Take the silos' rows; of their held-out examples at most `tested` are used (0: all)."""
+        self.shards, self.task, self.tested = shards, task, tested
         self.names = list(shards)
         self.skipped: dict[str, int] = {}
         self._examples = lru_cache(maxsize=256)(self._make)
@@ -153,7 +155,8 @@ class Silos:
                     "task.max_tokens or had nothing to score; raise it or give other text."
                 )
         self.skipped[name] = train.skipped + test.skipped
-        return {"train": train.examples, "test": test.examples}
+        held_out = spread(test.examples, self.tested) if self.tested else test.examples
+        return {"train": train.examples, "test": held_out}
 
     def pooled(self) -> Dataset:
         """Return all silos' examples in one place."""

@@ -25,6 +25,16 @@ class Example(NamedTuple):
     labels: list[int]
 
 
+class Together(NamedTuple):
+    """The text of several silos, of which every batch is the silos' own batches, one after the other.
+
+    `each` are their examples and the seeds of their orders; `rows` is how many each gives to a batch.
+    """
+
+    each: Sequence[tuple[Sequence[Example], int]]
+    rows: int
+
+
 class Batch(NamedTuple):
     """Rows padded on the right, so that a causal model needs no mask: padding is never looked at."""
 
@@ -35,6 +45,15 @@ class Batch(NamedTuple):
     def tokens_B(self) -> Tensor:
         """Scored tokens a row; the first of a row has nothing before it."""
         return (self.labels_BT[:, 1:] != IGNORED).sum(1)
+
+
+def spread(examples: Sequence[Example], most: int) -> Sequence[Example]:
+    """Return at most so many examples, spread evenly over all of them.
+
+    >>> [each.input_ids[0] for each in spread([Example([place], []) for place in range(7)], 3)]
+    [0, 2, 4]
+    """
+    return examples if len(examples) <= most else [examples[place * len(examples) // most] for place in range(most)]
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
@@ -50,12 +69,18 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     return Batch(torch.tensor(ids, device=device), torch.tensor(labels, device=device))
 
 
-def draws(examples: Sequence[Example], batch_size: int, first: int, count: int, seed: int) -> Iterator[list[Example]]:
+def draws(
+    examples: Sequence[Example] | Together, batch_size: int, first: int, count: int, seed: int
+) -> Iterator[list[Example]]:
     """Yield batches number `first` to `first + count` of an endless shuffled reading of the examples.
 
     Every epoch has its own order, made from `seed`, and batches run across its end: a batch depends
     only on its number, so a resumed run reads on where the straight run would.
     """
+    if isinstance(examples, Together):
+        streams = [draws(own, examples.rows, first, count, own_seed) for own, own_seed in examples.each]
+        yield from ([row for rows in drawn for row in rows] for drawn in zip(*streams, strict=True))
+        return
     order, epoch = list[int](), -1
     for number in range(first, first + count):
         rows = []
