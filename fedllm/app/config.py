@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedllm.core.errors import FedllmError, first_problem
 
-
 SHORT_NAMES = {"smollm2-135m": "smollm2-135m-instruct"}
 """What a model may be called for short -> the name under which it is told of; there is only this one of its size."""
 
@@ -45,6 +44,8 @@ class Data(Closed):
     limit_train: int = Field(0, ge=0)
     limit_test: int = Field(64, ge=0)
     """Rows of a silo that are used at most (0: all); test rows cost time in every round."""
+    not_utf8: Literal["skip", "refuse"] = "skip"
+    """What is done about lines that are not UTF-8; those that are skipped are counted in the report."""
 
 
 class Evaluate(Closed):
@@ -59,8 +60,8 @@ class Evaluate(Closed):
     """Train each silo alone with the same budget."""
     pooled: bool | Literal["data_parallel", "same_batches"] = False
     """Train on everything in one place, only where the texts may be shared: one batch after the other, or as many
-    steps as a silo takes on batches as large as those of all together, drawn from all text (`data_parallel`) or the
-    silos' very own, side by side (`same_batches`): then large silos do not count for more than in federated training."""
+    steps as a silo takes on batches as large as those of all together: drawn from all text (`data_parallel`), or the
+    silos' very own side by side (`same_batches`), where a large silo counts for no more than in federated training."""
     choice: dict[str, str] = {}
     """Multiple-choice files by name, scored before and after."""
     exact: dict[str, str] = {}
@@ -104,6 +105,15 @@ class Links(Closed):
     """Messages travel while the silos compute."""
 
 
+class Duplicates(Closed):
+    """Texts that several silos have are found by salted hashes before training; each stays at one of them."""
+
+    text: str | list[str] = "text"
+    """The column, or the columns, that are compared."""
+    salt: str = "FEDLLM_SALT"
+    """The environment variable with the secret that the sites of a federation share and the server does not know."""
+
+
 class Federation(Closed):
     """How a run between machines waits; a run on one machine does not look at it."""
 
@@ -134,6 +144,7 @@ class Recipe(Closed):
     federation: Federation = Federation()
     scratch: Scratch | None = None
     links: Links | None = None
+    duplicates: Duplicates | None = None
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -171,6 +182,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "federation": Federation,
     "scratch": Scratch,
     "links": Links,
+    "duplicates": Duplicates,
 }
 """The closed tables of a recipe, and the whole."""
 

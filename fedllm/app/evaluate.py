@@ -15,9 +15,10 @@ from torch import nn
 
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
-from fedllm.app.data import Silos, open_rows, open_shards
+from fedllm.app.data import Silos, open_shards
 from fedllm.app.progress import Ui
 from fedllm.app.result import Opened, open_result, spoken
+from fedllm.app.rows import open_rows
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.evaluate import held_out

@@ -21,11 +21,12 @@ import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
-from fedllm.app.data import anchored, counted
+from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import mean, write_metrics
+from fedllm.app.rows import counted
 from fedllm.app.scores import check_files, general_losses, score_files
 from fedllm.app.scratch import start
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round
@@ -42,6 +43,7 @@ from fedllm.runtime.store import (
     write_text,
 )
 from fedllm.silo.groups import who_holds_what
+from fedllm.silo.spooled import at_hand
 from fedllm.silo.trainables import export, trained, write
 
 
@@ -225,8 +227,8 @@ def start_event(parts: Parts, nodes: Nodes) -> dict[str, Any]:
         },
         "rounds": recipe.rounds,
         "silos": nodes.held,
-        "cleaned": {name: dict(shard.cleaned) for name, shard in parts.silos.shards.items() if shard.cleaned},
-        "holds": who_holds_what(rows, parts.task.label) if all(rows.values()) else {},
+        "cleaned": {name: dict(counts) for name, counts in nodes.cleaned.items() if counts},
+        "holds": who_holds_what(rows, parts.task.label) if all(map(at_hand, rows.values())) else {},
         "plan": {
             "steps": [{"where": s.where, "name": s.name, "facts": facts_text(s.facts)} for s in parts.plan.steps],
             "parameters": parts.plan.parameters,

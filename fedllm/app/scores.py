@@ -30,8 +30,8 @@ def check_files(recipe: Recipe) -> None:
     for name, file in wanted.general.items():
         if not (root / file).exists():
             raise FedllmError(
-                f"evaluate.general.{name}: there is no '{root / file}' on this machine, where it is scored; give a file "
-                "of rows with 'text', or leave it out."
+                f"evaluate.general.{name}: there is no '{root / file}' on this machine, where it is scored; give "
+                "a file of rows with 'text', or leave it out."
             )
         require_columns(read_rows(root / file), ("text",), str(root / file))
 
@@ -64,9 +64,7 @@ def general_losses(
     """
     recipe, losses = parts.recipe, dict[str, float]()
     task = causal(parts.tokenizer, block=int(recipe.task.get("block", recipe.task.get("max_tokens", 256))))
-    client = held_out(
-        parts.objective, task, parts.tokenizer, parts.trainable, batch_size=recipe.evaluate.batch_size
-    )
+    client = held_out(parts.objective, task, parts.tokenizer, parts.trainable, batch_size=recipe.evaluate.batch_size)
     for name, file in recipe.evaluate.general.items():
         path = Path(recipe.data.root) / file
         blocks = spread(task.prepare(read_rows(path), str(path)).examples, recipe.evaluate.limit)

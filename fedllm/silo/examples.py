@@ -6,16 +6,23 @@ B rows of a batch, T tokens, V vocabulary, C clients of a cohort, R rank, I inpu
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fedllm.core.seeds import generator
+from fedllm.silo.block_order import reckoned
 
 IGNORED = -100
 """The label of a token that is not scored."""
+
+
+LISTED = 1 << 20
+"""Examples up to which a shuffled order is held as a list."""
 
 
 class Example(NamedTuple):
@@ -33,6 +40,29 @@ class Together(NamedTuple):
 
     each: Sequence[tuple[Sequence[Example], int]]
     rows: int
+
+
+class Joined(Sequence[Example]):
+    """Several silos' examples, one silo after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
+        self._parts, self._ends = parts, list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(len(self))[place]]
+        place = range(len(self))[place]
+        part = bisect_right(self._ends, place)
+        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
 
 
 class Batch(NamedTuple):
@@ -75,11 +105,17 @@ def draws(
     """Yield batches number `first` to `first + count` of an endless shuffled reading of the examples.
 
     Every epoch has its own order, made from `seed`, and batches run across its end: a batch depends
-    only on its number, so a resumed run reads on where the straight run would.
+    only on its number, so a resumed run reads on where the straight run would. Of more than `LISTED`
+    examples no list of the order is held.
     """
     if isinstance(examples, Together):
         streams = [draws(own, examples.rows, first, count, own_seed) for own, own_seed in examples.each]
         yield from ([row for rows in drawn for row in rows] for drawn in zip(*streams, strict=True))
+        return
+    if len(examples) > LISTED:
+        for number in range(first, first + count):
+            places = range(number * batch_size, (number + 1) * batch_size)
+            yield [examples[reckoned(place, len(examples), seed)] for place in places]
         return
     order, epoch = list[int](), -1
     for number in range(first, first + count):
