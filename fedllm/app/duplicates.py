@@ -35,26 +35,31 @@ def apart(shards: dict[str, Shard], recipe: Recipe) -> dict[str, Shard]:
     algorithm = shared_duplicates(everyone(list(shards)), salt=lambda: salt)
     exchange = local(algorithm.client, lambda name: texts_of(name, shards[name], wanted), memory)
     algorithm.server(algorithm.init({}), exchange)
-    return {name: kept(name, shard, memory[name]["drop"], wanted, salt) for name, shard in shards.items()}
+    return {name: kept(name, shard, memory[name]["drop"], recipe, salt) for name, shard in shards.items()}
 
 
 def texts_of(name: str, shard: Shard, wanted: Duplicates) -> Silo:
     """Return a silo whose data are its texts, read when asked for."""
-    data = {part: Mapped(rows, lambda row: text_of(row, wanted.text)) for part, rows in shard[:2]._asdict().items()}
+    parts = {"train": shard.train, "test": shard.test}
+    data = {part: Mapped(rows, lambda row: text_of(row, wanted.text)) for part, rows in parts.items()}
     return Silo(name, None, data, {}, 0)  # type: ignore[arg-type]
 
 
-def kept(name: str, shard: Shard, drop_N2: Any, wanted: Duplicates, salt: bytes) -> Shard:
+def kept(name: str, shard: Shard, drop_N2: Any, recipe: Recipe, salt: bytes) -> Shard:
     """Return a silo without the texts of these fingerprints, and with their number among what was counted."""
-    train, test = (without(rows, wanted.text, salt, drop_N2) for rows in (shard.train, shard.test))
+    assert recipe.duplicates is not None
+    text, counts = recipe.duplicates.text, dict(shard.cleaned)
+    train, test = (without(rows, text, salt, drop_N2) for rows in (shard.train, shard.test))
     if not train or not test:
         raise FedllmError(
             f"silos.{name}: other silos have all of its texts to {'learn from' if not train else 'test with'}, and "
             "keep them; give it other text, or take [duplicates] out."
         )
     gone = len(shard.train) + len(shard.test) - len(train) - len(test)
-    place = 1 + max((int(key.partition(".")[0]) for key in shard.cleaned if key[:1].isdigit()), default=-1)
-    return Shard(train, test, {**shard.cleaned, f"{place}.{COUNTED}": gone})
+    counts[f"{len(recipe.cleaning)}.{COUNTED}"] = gone
+    if "kept" in counts:
+        counts["kept"] -= gone
+    return Shard(train, test, counts)
 
 
 def between(folder: Path, recipe: Recipe, names: list[str], exchange: Exchange, why: Mapping[str, str]) -> str:

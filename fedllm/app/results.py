@@ -147,8 +147,8 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             else "no silo does better alone, even on its own text"
         )
     if kept := gain_kept(losses).values():
-        least, most = (f"{edge:.0%}" for edge in (min(kept), max(kept)))
-        sentences.append(f"of the perplexity that pooled training gains it keeps {least} to {most}, silo by silo")
+        ends = dict.fromkeys(f"{edge:.0%}" for edge in (min(kept), max(kept)))
+        sentences.append(f"of the perplexity that pooled training gains it keeps {' to '.join(ends)}, silo by silo")
     general = metrics.get("general", {})
     for name, after in general.get("federated", {}).items():
         was, now = (f"{math.exp(min(loss, 700)):.2f}" for loss in (general["base"][name], after))

@@ -79,9 +79,9 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     memory = load_message(Path(asked["memory"]))[0] if asked["memory"] else {}
     reply, kept = answer(held, request, memory, ticking(held.parts, request, say))
     if request.op == "drop":
+        drop(held, kept["drop"])
         with replacing(folder / DROPPED) as beside:
             save_message(beside, {"drop": kept["drop"]}, {})
-        drop(held, kept["drop"])
     if kept and request.op == "train":
         with replacing(Path(asked["reply"] + ".memory")) as beside:
             save_message(beside, kept, {})
@@ -145,8 +145,9 @@ def drop(held: Held, drop_N2: Any) -> None:
     from fedllm.app.duplicates import kept
     from fedllm.silo.dedupe import salt_from
 
-    wanted = held.parts.recipe.duplicates
-    held.parts.silos.replace(held.name, kept(held.name, held.whole, drop_N2, wanted, salt_from(wanted.salt)))
+    recipe = held.parts.recipe
+    salt = salt_from(recipe.duplicates.salt)
+    held.parts.silos.replace(held.name, kept(held.name, held.whole, drop_N2, recipe, salt))
 
 
 def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:

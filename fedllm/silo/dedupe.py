@@ -120,4 +120,4 @@ def without(rows: Sequence[Row], text: Columns, salt: bytes, dropped_N2: Tensor)
     """Return the rows whose fingerprints are not among those that are to be dropped."""
     gone = set(map(tuple, dropped_N2.tolist()))
     own = fingerprints(Mapped(rows, lambda row: text_of(row, text)), salt)
-    return picked(rows, [place for place, print_2 in enumerate(own) if tuple(print_2.tolist()) not in gone])
+    return picked(rows, [place for place, print_2 in enumerate(own.tolist()) if tuple(print_2) not in gone])

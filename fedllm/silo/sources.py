@@ -69,8 +69,8 @@ def hold_out(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[Seque
             "add rows or give a test file of its own."
         )
     held = bytearray(place == low or (place < fraction and place != high) for place in places)
-    train, test = ((number for number, out in enumerate(held) if out == side) for side in (0, 1))
-    return picked(rows, train), picked(rows, test)
+    train = (number for number, out in enumerate(held) if not out)
+    return picked(rows, train), picked(rows, (number for number, out in enumerate(held) if out))
 
 
 def _place(row: Row, seed: int) -> float:

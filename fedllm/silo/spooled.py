@@ -72,7 +72,7 @@ class Mapped(Sequence[U]):
     """What a function makes of each item of a sequence, when it is asked for."""
 
     def __init__(self, whole: Sequence[T], function: Callable[[T], U]) -> None:
-        self._whole: Sequence[T] = whole  # type: ignore[valid-type]
+        self._whole: Sequence[T] = whole
         self._function = function
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ def picked(rows: Sequence[T], places: Iterable[int]) -> Sequence[T]:
 
 
 def spooled(rows: Iterable[Row]) -> Sequence[Row]:
-    """Return the rows, which are those of JSON: as a list, or from a file if they are many or long."""
+    """Return the rows as a list, or from a file if they are many or long; there, what JSON has not is its text."""
     kept, size, coming = list[Row](), 0, iter(rows)
     for row in coming:
         kept.append(row)
@@ -119,7 +119,7 @@ def on_disk(first: list[Row], others: Iterator[Row]) -> Spooled:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it stays open as long as the rows are used)
         first.reverse()
         for row in popped(first, others):
-            starts.append(starts[-1] + file.write(json.dumps(row).encode() + b"\n"))
+            starts.append(starts[-1] + file.write(json.dumps(row, default=str).encode() + b"\n"))
         file.flush()
     except OSError as error:
         reason = error.strerror or str(error)

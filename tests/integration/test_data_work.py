@@ -66,6 +66,7 @@ def test_a_text_of_two_silos_is_left_at_one_of_them_and_all_is_counted(place):
     gone = {name: each.cleaned["2.shared_duplicates.dropped"] for name, each in shards.items()}
     assert sum(gone.values()) == 12 and all(gone.values())
     assert [each.cleaned["lines that are not UTF-8"] for each in shards.values()] == [3, 4]
+    assert all(each.cleaned["kept"] == len(each.train) + len(each.test) for each in shards.values())
     assert open_shards(recipe(place)) == shards
     whole = open_shards(recipe(place, duplicates=None))
     assert all(len(whole[name].train) + len(whole[name].test) == 36 for name in whole)

@@ -29,6 +29,7 @@ from fedllm.silo.sources import hold_out
 from fedllm.silo.stream_rows import PIECE, stream_rows
 from fedllm.silo.streams import Blocks, packed
 from fedllm.silo.tasks import causal
+from fedllm.silo.templates import first_token
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -66,7 +67,7 @@ def one_by_one(texts: list[str], block: int) -> list[Example]:
 
 
 def test_blocks_are_the_joined_texts_in_memory_and_on_disk(on_disk, monkeypatch):
-    expected = one_by_one([f"<|im_start|>{text}<|im_end|>" for text in TEXTS], 16)
+    expected = one_by_one([f"{first_token(TOKENIZER)}{text}<|im_end|>" for text in TEXTS], 16)
     task = causal(TOKENIZER, block=16)
     rows = [{"text": text} for text in [*TEXTS, ""]]
     far = task.prepare(rows, "a")
@@ -241,6 +242,7 @@ from fedllm.app.config import read_recipe
 from fedllm.app.data import Silos, open_shards
 from fedllm.silo.examples import draws
 from fedllm.silo.tasks import causal
+from fedllm.silo.templates import first_token
 from tests.tiny import tiny_tokenizer
 fedllm.silo.spooled.SMALL = fedllm.silo.streams.SMALL = fedllm.silo.streams.BATCH = 1 << 18
 folder = Path(sys.argv[1])
