@@ -83,6 +83,7 @@ def test_blocks_are_the_joined_texts_in_memory_and_on_disk(on_disk, monkeypatch)
 
 
 @given(st.integers(0, 40), st.integers(2, 8))
+@settings(deadline=None)
 def test_a_block_is_there_if_it_has_something_to_predict(tokens, block):
     blocks = Blocks(np.zeros(tokens, "uint16"), block)
     starts = range(0, tokens, block)
@@ -198,7 +199,7 @@ def test_other_files_are_read_as_a_whole(tmp_path, name):
 
 
 @given(st.integers(1, 300), st.integers(0, 2**62))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_an_epoch_is_every_block_once(size, seed):
     assert sorted(permuted(place, size, seed) for place in range(size)) == list(range(size))
 
@@ -266,7 +267,7 @@ print(peak() - before, blocks)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell a process's peak memory")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     line = json.dumps({"text": "the cat sat on the mat " * 40}) + "\n"
-    for name, lines in (("small", 700), ("large", 7_000)):
+    for name, lines in (("small", 700), ("large", 4_000)):
         with (tmp_path / f"{name}.jsonl").open("w") as file:
             file.writelines(line.replace("cat", f"cat {number}", 1) for number in range(lines))
     root = Path(__file__).resolve().parents[2]
@@ -279,6 +280,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         env={**os.environ, "FEDLLM_CACHE": str(tmp_path / "cache")},
     )
     kilobytes, blocks = map(int, done.stdout.split())
-    assert blocks > 20_000
-    # The file has 6.5 MB, as Python's lists of tokens more than 40 times as much.
-    assert kilobytes < 16_000
+    assert blocks > 10_000
+    # The file has 3.7 MB, as Python's lists of tokens more than 40 times as much.
+    assert kilobytes < 12_000
