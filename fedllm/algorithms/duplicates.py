@@ -11,29 +11,33 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
-from fedllm.silo.dedupe import fingerprints, salt_from
+from fedllm.silo.dedupe import fingerprints
 
 LARGEST = 1 << 26
 """Texts of a silo; more in one message is refused."""
 
 
-def shared_duplicates(select: Select, *, salt: str = "FEDLLM_SALT") -> Algorithm:
-    """Tell each silo which of its texts to drop; `salt` names the environment variable where the nodes have theirs.
+def shared_duplicates(select: Select, *, salt: Callable[[], bytes]) -> Algorithm:
+    """Tell each silo which of its texts to drop; `salt` is called at the silos alone (`dedupe.salt_from`).
 
-    A silo's data are texts. What it is to drop is in its memory afterwards as `drop`, for `dedupe.without`.
+    A silo's data are texts by split. What it is to drop is in its memory afterwards as `drop`, for `dedupe.without`.
     """
 
     def client(request: Request, silo: Silo) -> tuple[Reply, Tensors]:
         if request.op == "drop":
-            kept = {"drop": request.tensors["drop"]}
-            return Reply(request.client, request.round, {}, 1.0), {**silo.memory, **kept}
-        prints = torch.unique(fingerprints(silo.data["train"], salt_from(salt)), dim=0)  # sorted: no order tells
+            drop = request.tensors.get("drop")
+            if drop is None or drop.dtype != torch.int64 or drop.dim() != 2 or drop.shape[1] != 2:
+                raise Refused("the server says nothing that could be dropped")
+            return Reply(request.client, request.round, {}, 1.0), {**silo.memory, "drop": drop}
+        each = [fingerprints(texts, salt()) for texts in silo.data.values()]
+        prints = torch.unique(torch.cat(each), dim=0)  # sorted: no order tells
         return Reply(request.client, request.round, {"fingerprints": prints}, 1.0), silo.memory
 
     def server(state: State, exchange: Exchange) -> tuple[State, Report]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
-from fedllm.app.data import NOWHERE, Silos, open_shards
+from fedllm.app.data import Silos, open_shards
+from fedllm.app.rows import NOWHERE
 from fedllm.core.errors import FedllmError
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
@@ -25,6 +26,7 @@ from fedllm.silo.cohort import stackable
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
+from fedllm.silo.streams import Blocks
 from fedllm.silo.tasks import Task
 from fedllm.silo.trainables import Trainable, parameters
 from fedllm.silo.width import cohort_width
@@ -79,7 +81,9 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     tokenizer = load_tokenizer(recipe.model)
     task = make("task", recipe.task, tokenizer)
     trainable = make("trainable", recipe.trainable)
-    silos = Silos({name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task)
+    silos = Silos(
+        {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task, recipe.evaluate.examples
+    )
     if not elsewhere:
         silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
@@ -155,7 +159,9 @@ def row_tokens(recipe: Recipe) -> int:
 
 def longest(silos: Silos) -> int:
     """Return the tokens of the longest example that the first silo trains on: what one may expect of all."""
-    return max(len(example.input_ids) for example in silos.examples(silos.names[0])["train"])
+    examples = silos.examples(silos.names[0])["train"]
+    # All blocks but the last are as long as the first, and there may be very many.
+    return max(len(example.input_ids) for example in (examples[:1] if isinstance(examples, Blocks) else examples))
 
 
 def quiet_libraries() -> None:

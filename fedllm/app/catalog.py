@@ -16,7 +16,7 @@ from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
 from fedllm.exchange import cast, clip, dct, deltas, fragments, quantise, select, top_k
-from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
+from fedllm.silo import cleaning, dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
@@ -50,6 +50,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "dct": dct.dct,
     },
     "cleaning": {
+        "utf8": cleaning.utf8,
         "exact_duplicates": dedupe.exact_duplicates,
         "near_duplicates": dedupe.near_duplicates,
         "quality": quality.quality,

@@ -10,11 +10,13 @@ from typing import Any
 from fedllm.algorithms.baselines import alone, budget
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
+from fedllm.app.scores import general_losses
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, training_exchange
 from fedllm.core.seeds import derive
 from fedllm.core.types import Request, Silo
 from fedllm.runtime.local import local
 from fedllm.runtime.store import append_event, read_events
+from fedllm.silo.examples import Together
 
 POOLED = "everything pooled"
 
@@ -70,16 +72,21 @@ def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, 
     begun, silos = time.perf_counter(), parts.silos
     each = {name: count * parts.work().steps(silos.examples(name)) for name, count in rounds.items()}
     steps, changes = sum(each.values()), dict[str, Any]()
+    seed, rows = parts.recipe.seed, int(parts.recipe.client.get("batch_size", 8))
+    data: dict[str, Any] = {**silos.pooled()}
     if parts.recipe.evaluate.pooled == "data_parallel":
-        rows = int(parts.recipe.client.get("batch_size", 8))
         together = round(steps / max(each.values()))
         steps, changes = max(each.values()), {"batch_size": rows * together, "micro_batch": rows}
-    seed = derive(parts.recipe.seed, "silo", POOLED)
-    everything = Silo(POOLED, parts.model, silos.pooled(), {}, seed, ui.tick)
+    elif parts.recipe.evaluate.pooled == "same_batches":
+        orders = {name: derive(derive(seed, "silo", name), "order") for name in each}
+        data["train"] = Together([(silos.examples(name)["train"], order) for name, order in orders.items()], rows)
+        steps, changes = round(steps / len(each)), {"batch_size": rows * len(each), "micro_batch": rows}
+    everything = Silo(POOLED, parts.model, data, {}, derive(seed, "silo", POOLED), ui.tick)
     work = parts.work(steps=steps, epochs=None, **changes)
     with ui.part("pooled", steps, counts=True):
         ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
     with ui.part("held-out loss", evaluation_steps(parts)):
         losses = held_out_losses(parts, looking(parts, ui), params)
+        losses |= general_losses(parts, params, ui.tick)
     ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")
     return {**losses, "seconds": time.perf_counter() - begun}

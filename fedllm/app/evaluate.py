@@ -15,9 +15,10 @@ from torch import nn
 
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
-from fedllm.app.data import Silos, open_rows, open_shards
+from fedllm.app.data import Silos, open_shards
 from fedllm.app.progress import Ui
 from fedllm.app.result import Opened, open_result, spoken
+from fedllm.app.rows import open_rows
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.evaluate import held_out
@@ -69,7 +70,7 @@ def evaluate(target: Path, data: Sequence[str], limit: int) -> Group:
         table.add_column(kind, justify="right")
     with Ui(Console(stderr=True)) as ui:
         if recipe is not None and not data:
-            silos = Silos(open_shards(recipe), make("task", recipe.task, tokenizer))
+            silos = Silos(open_shards(recipe), make("task", recipe.task, tokenizer), recipe.evaluate.examples)
             for name in silos.names:
                 with ui.part(name, None):
                     tested = silos.examples(name)["test"]

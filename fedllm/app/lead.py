@@ -12,12 +12,13 @@ from typing import Any
 import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe, read_toml
+from fedllm.app.duplicates import between
 from fedllm.app.live import Lines, Live
 from fedllm.app.run import go
 from fedllm.app.scores import check_files
-from fedllm.app.stages import Nodes
+from fedllm.app.stages import Nodes, with_skipped
 from fedllm.core.errors import FedllmError
-from fedllm.core.types import Request
+from fedllm.core.types import Request, Scalars
 from fedllm.runtime.line import Line, Unreachable
 from fedllm.runtime.remote import remote
 from fedllm.runtime.store import append_event, locked, read_events, trim_events
@@ -26,6 +27,13 @@ from fedllm.silo.models import weights_sha256
 
 ANSWER_BYTES = 1 << 16
 """The most that a reply without tensors takes, and the head of one with them."""
+
+
+FINGERPRINT_BYTES = 1 << 30
+"""The most that a site's salted hashes take, of 16 bytes a text."""
+
+MOST_COUNTS = 100
+"""Counts of cleaning that are taken from one site."""
 
 
 def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
@@ -126,7 +134,7 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
         return told
 
     def largest(request: Request) -> int:
-        return update if request.op == "train" else ANSWER_BYTES
+        return {"train": update, "fingerprints": FINGERPRINT_BYTES}.get(request.op, ANSWER_BYTES)
 
     exchange = remote(
         line,
@@ -140,10 +148,22 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
     )
     started = [event for event in read_events(folder) if event["event"] == "start"]
     if started:
-        return Nodes(exchange, {}, started[0]["silos"], silent)
+        return Nodes(exchange, {}, started[0]["silos"], silent=silent)
     live.say("each site opens the model and its text")
+    if recipe.duplicates and (told := between(folder, recipe, parts.silos.names, exchange, why)):
+        live.say(told)
     held: dict[str, Mapping[str, int]] = {name: {"train": 0, "test": 0} for name in parts.silos.names}
+    counts: dict[str, Mapping[str, int]] = {}
     for reply in exchange([Request(name, 0, "open", {}) for name in parts.silos.names]):
         held[reply.client] = {part: int(reply.scalars.get(part, 0)) for part in ("train", "test")}
+        counts[reply.client] = counted_there(reply.scalars)
         live.say(f"{reply.client} is ready")
-    return Nodes(exchange, {}, held, silent)
+    return Nodes(exchange, {}, held, counts, silent)
+
+
+def counted_there(scalars: Scalars) -> dict[str, int]:
+    """Return what cleaning counted at a site, by its own word."""
+    told = {key.removeprefix("cleaned."): value for key, value in scalars.items() if key.startswith("cleaned.")}
+    sane = {key[:100]: int(value) for key, value in list(told.items())[:MOST_COUNTS] if 0 <= value < 2**53}
+    skipped = scalars.get("skipped", 0.0)
+    return with_skipped(sane, int(skipped) if 0 <= skipped < 2**53 else 0)

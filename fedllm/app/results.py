@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             metrics[key] = {kind: values for kind, values in found.items() if values}
     if alone:
         metrics["alone_everywhere"] = alone
+    kinds = {"base": "base", "federated": "done", "pooled": "pooled"}
+    general = {kind: last(events, event).get("general") for kind, event in kinds.items()}
+    if any(general.values()):
+        metrics["general"] = {kind: values for kind, values in general.items() if values}
     for key in ("tokens", "bytes_up", "bytes_down"):
         metrics[key] = sum(event[key] for event in rounds)
     metrics["dropped"] = sum(len(event["dropped"]) for event in rounds)
@@ -98,7 +103,26 @@ def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
             "federated": f"{mean(losses.get('federated', {})):.3f}",
         }
         table.add_row("one model for everyone", *(cells.get(kind, f"{mean(losses[kind]):.3f}") for kind in kinds))
+    general = metrics.get("general", {})
+    if general:
+        table.add_section()
+    for name in general.get("base", {}):
+        values = {kind: general.get(kind, {}).get(name) for kind in kinds}
+        table.add_row(f"{escape(name)}, general text", *(shown(value, False) for value in values.values()))
     return table
+
+
+def gain_kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return of each silo what share of the perplexity that pooled training takes off the base federated training does.
+
+    (exp(base) - exp(federated)) / (exp(base) - exp(pooled)), for the silos where pooled training gains at all.
+    """
+    base, federated, pooled = ({**losses.get(kind, {})} for kind in ("base", "federated", "pooled"))
+    both = [name for name in federated if name in pooled and pooled[name] < base.get(name, -math.inf)]
+    return {
+        name: (math.exp(base[name]) - math.exp(federated[name])) / (math.exp(base[name]) - math.exp(pooled[name]))
+        for name in both
+    }
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
@@ -122,6 +146,13 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             if personal
             else "no silo does better alone, even on its own text"
         )
+    if kept := gain_kept(losses).values():
+        ends = dict.fromkeys(f"{edge:.0%}" for edge in (min(kept), max(kept)))
+        sentences.append(f"of the perplexity that pooled training gains it keeps {' to '.join(ends)}, silo by silo")
+    general = metrics.get("general", {})
+    for name, after in general.get("federated", {}).items():
+        was, now = (f"{math.exp(min(loss, 700)):.2f}" for loss in (general["base"][name], after))
+        sentences.append(f"on general text ({name}) the perplexity was {was} and is {now}")
     if "simulated_seconds" in metrics:
         here, parallel = metrics["simulated_seconds"], metrics["data_parallel_seconds"]
         sentences.append(f"over the recipe's links it takes {here:,.0f} s, data-parallel training {parallel:,.0f} s")

@@ -21,12 +21,13 @@ import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
-from fedllm.app.data import anchored, counted
+from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import mean, write_metrics
-from fedllm.app.scores import check_files, score_files
+from fedllm.app.rows import counted
+from fedllm.app.scores import check_files, general_losses, score_files
 from fedllm.app.scratch import start
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round
 from fedllm.core.errors import FedllmError, Interrupted
@@ -42,6 +43,7 @@ from fedllm.runtime.store import (
     write_text,
 )
 from fedllm.silo.groups import who_holds_what
+from fedllm.silo.spooled import at_hand
 from fedllm.silo.trainables import export, trained, write
 
 
@@ -158,6 +160,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
         begun = time.perf_counter()
         with ui.part("base model", evaluation_steps(parts)):
             losses = held_out_losses(parts, nodes.exchange, parts.params, base=True)
+            losses |= general_losses(parts, parts.params, ui.tick, base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
         ui.say(f"base model: held-out loss {mean(losses.get('loss', {})):.3f}")
@@ -175,14 +178,15 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
     # A resumed run may have come this far before; the result is whole if this was the last word.
     if events[-1]["event"] != "done":
         write(trained(parts.model), state.params)
-        scores = score_files(parts, ui.tick)
+        with ui.part("scores", None):
+            scores, general = score_files(parts, ui.tick), general_losses(parts, state.params, ui.tick)
         target = folder / ("adapter" if parts.trainable.adapter else "model")
         with on_disk(target):
             export(parts.model, target)
             parts.tokenizer.save_pretrained(target)
         seconds = sum(total_seconds(event) for event in events if event["event"] != "done")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-        append_event(folder, {"event": "done", "scores": scores, "seconds": seconds, "peak_mb": round(peak)})
+        append_event(folder, {"event": "done", "scores": scores, **general, "seconds": seconds, "peak_mb": round(peak)})
     write_metrics(folder)
     write_report(folder)
 
@@ -223,8 +227,8 @@ def start_event(parts: Parts, nodes: Nodes) -> dict[str, Any]:
         },
         "rounds": recipe.rounds,
         "silos": nodes.held,
-        "cleaned": {name: dict(shard.cleaned) for name, shard in parts.silos.shards.items() if shard.cleaned},
-        "holds": who_holds_what(rows, parts.task.label) if all(rows.values()) else {},
+        "cleaned": {name: dict(counts) for name, counts in nodes.cleaned.items() if counts},
+        "holds": who_holds_what(rows, parts.task.label) if all(map(at_hand, rows.values())) else {},
         "plan": {
             "steps": [{"where": s.where, "name": s.name, "facts": facts_text(s.facts)} for s in parts.plan.steps],
             "parameters": parts.plan.parameters,

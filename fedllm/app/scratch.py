@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fedllm.algorithms.tokenizer import byte_pairs, learn
 from fedllm.app.config import Recipe
-from fedllm.app.data import Shard, open_shards
+from fedllm.app.data import open_shards
 from fedllm.app.progress import Ui
+from fedllm.app.rows import Shard
 from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import derive
 from fedllm.core.types import Silo
@@ -17,7 +19,9 @@ from fedllm.exchange.select import everyone
 from fedllm.runtime.local import local
 from fedllm.runtime.meter import Traffic, metered
 from fedllm.silo.models import load_tokenizer
+from fedllm.silo.readers import Row
 from fedllm.silo.scratch import configuration, fresh_model, llama, write_start
+from fedllm.silo.spooled import Mapped
 from fedllm.silo.token_files import make_tokenizer, pooled_tokenizer
 
 FEDERATED = "federated"
@@ -88,16 +92,23 @@ def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     return tokenizer, told
 
 
-def texts_of(name: str, shard: Shard, key: str) -> dict[str, list[str]]:
-    """Return a silo's texts by split."""
-    for row in (*shard.train, *shard.test):
+def texts_of(name: str, shard: Shard, key: str) -> dict[str, Sequence[str]]:
+    """Return a silo's texts by split, read when asked for."""
+    for row in chain(shard.train, shard.test):
         if key not in row:
             raise FedllmError(f"silos.{name} has a row without '{key}'; name the column with task.text.")
-    return {"train": [str(row[key]) for row in shard.train], "test": [str(row[key]) for row in shard.test]}
+    return {"train": Mapped(shard.train, said(key)), "test": Mapped(shard.test, said(key))}
 
 
-def density(tokenizer: Any, texts: Mapping[str, Mapping[str, list[str]]]) -> float:
+def said(key: str) -> Callable[[Row], str]:
+    """Return what reads a row's text."""
+    return lambda row: str(row[key])
+
+
+def density(tokenizer: Any, texts: Mapping[str, Mapping[str, Sequence[str]]]) -> float:
     """Return tokens per byte over all held-out text."""
-    held = [text for parts in texts.values() for text in parts["test"]]
-    tokens = sum(len(ids) for ids in tokenizer(held, add_special_tokens=False)["input_ids"])
-    return float(tokens / max(1, sum(len(text.encode()) for text in held)))
+    tokens = size = 0
+    for text in (text for parts in texts.values() for text in parts["test"]):
+        tokens += len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        size += len(text.encode())
+    return float(tokens / max(1, size))

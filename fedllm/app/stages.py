@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
-from fedllm.core.types import Exchange, Report, Request, Silo, State, Tensors, Work
+from fedllm.core.types import NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
 from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
 from fedllm.runtime.meter import Traffic, metered
 from fedllm.runtime.store import Checkpoint, append_event, save_checkpoint
+
+UNUSED = "rows too long or empty for the task"
 
 
 class Nodes(NamedTuple):
@@ -24,6 +26,8 @@ class Nodes(NamedTuple):
     """What the nodes remember, where they are on this machine."""
     held: Mapping[str, Mapping[str, int]]
     """Examples of each silo: to `train` on and to `test` with."""
+    cleaned: Mapping[str, Mapping[str, int]] = NOTHING
+    """What cleaning counted at each silo."""
     silent: Callable[[], Mapping[str, str]] = dict
     """Why silos sent no reply since it was last asked."""
 
@@ -31,8 +35,15 @@ class Nodes(NamedTuple):
 def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
-    held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in parts.silos.shards.items()}
-    return Nodes(by_op({"train": train, "evaluate": looking(parts, ui)}), memory, held)
+    shards, skipped = parts.silos.shards, parts.silos.skipped
+    held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in shards.items()}
+    counts = {name: with_skipped(s.cleaned, skipped.get(name, 0)) for name, s in shards.items()}
+    return Nodes(by_op({"train": train, "evaluate": looking(parts, ui)}), memory, held, counts)
+
+
+def with_skipped(cleaned: Mapping[str, int], skipped: int) -> dict[str, int]:
+    """Return what cleaning counted, and the rows of which the task could use nothing."""
+    return {**cleaned, **({UNUSED: skipped} if skipped else {})}
 
 
 def looking(parts: Parts, ui: Ui) -> Exchange:

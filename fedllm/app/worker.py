@@ -19,6 +19,9 @@ from fedllm.core.types import Reply, Request, Silo, Tensors
 
 PROGRESS_SECONDS = 0.25
 
+DROPPED = "dropped.safetensors"
+"""In a run's folder: the fingerprints of the texts that other sites keep."""
+
 Say = Callable[[Mapping[str, Any]], None]
 
 
@@ -28,6 +31,8 @@ class Held(NamedTuple):
     recipe: str
     parts: Any
     name: str
+    whole: Any
+    """The site's rows before those were dropped that other sites keep."""
 
 
 def main() -> None:
@@ -59,14 +64,24 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     from fedllm.runtime.store import replacing
     from fedllm.runtime.wire import reply_head
 
-    recipe = Path(asked["run"], "recipe.json").read_text(encoding="utf-8")
-    if held is None or held.recipe != recipe:
-        held = Held(recipe, opened(json.loads(recipe)), asked["site"])
+    folder = Path(asked["run"])
+    recipe = (folder / "recipe.json").read_text(encoding="utf-8")
+    # What other sites keep is another matter in each run.
+    said = recipe if '"duplicates"' not in recipe else f"{folder}\n{recipe}"
+    if held is None or held.recipe != said:
+        parts = opened(json.loads(recipe))
+        held = Held(said, parts, asked["site"], parts.silos.shards[asked["site"]])
+        if (folder / DROPPED).exists():
+            drop(held, load_message(folder / DROPPED)[0]["drop"])
     head = asked["head"]
     tensors, _ = load_message(Path(asked["request"]))
     request = Request(head["client"], head["round"], head["op"], tensors, head["scalars"])
     memory = load_message(Path(asked["memory"]))[0] if asked["memory"] else {}
     reply, kept = answer(held, request, memory, ticking(held.parts, request, say))
+    if request.op == "drop":
+        drop(held, kept["drop"])
+        with replacing(folder / DROPPED) as beside:
+            save_message(beside, {"drop": kept["drop"]}, {})
     if kept and request.op == "train":
         with replacing(Path(asked["reply"] + ".memory")) as beside:
             save_message(beside, kept, {})
@@ -97,8 +112,11 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
     silo: Silo = parts.open_silo(tick)(name)._replace(memory=memory)
     if request.op == "open":
         counts = {part: float(len(silo.data[part])) for part in ("train", "test")}
-        skipped = {"skipped": float(parts.silos.skipped[name])}
-        return Reply(name, request.round, {}, 1.0, counts | skipped), {}
+        counts |= {"skipped": float(parts.silos.skipped[name])}
+        counts |= {f"cleaned.{what}": float(count) for what, count in parts.silos.shards[name].cleaned.items()}
+        return Reply(name, request.round, {}, 1.0, counts), {}
+    if request.op in ("fingerprints", "drop"):
+        return compared(held, request)
     if request.op == "train":
         return parts.algorithm.client(request, silo)
     if request.op == "evaluate":
@@ -106,6 +124,30 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
     if request.op == "alone":
         return alone(parts, request, silo)
     raise FedllmError(f"The server asks for '{request.op}', which this version of fedllm does not know; update it.")
+
+
+def compared(held: Held, request: Request) -> tuple[Reply, Tensors]:
+    """Do the site's half of finding texts that several sites have; nothing but salted hashes leaves."""
+    from fedllm.algorithms.duplicates import shared_duplicates
+    from fedllm.app.duplicates import texts_of
+    from fedllm.exchange.select import everyone
+    from fedllm.silo.dedupe import salt_from
+
+    wanted = held.parts.recipe.duplicates
+    if wanted is None:
+        raise FedllmError("The server asks for fingerprints of texts, and the recipe has no [duplicates].")
+    algorithm = shared_duplicates(everyone([held.name]), salt=lambda: salt_from(wanted.salt))
+    return algorithm.client(request, texts_of(held.name, held.whole, wanted))
+
+
+def drop(held: Held, drop_N2: Any) -> None:
+    """Let the site's rows be without the texts that other sites keep."""
+    from fedllm.app.duplicates import kept
+    from fedllm.silo.dedupe import salt_from
+
+    recipe = held.parts.recipe
+    salt = salt_from(recipe.duplicates.salt)
+    held.parts.silos.replace(held.name, kept(held.name, held.whole, drop_N2, recipe, salt))
 
 
 def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:

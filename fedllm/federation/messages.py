@@ -87,8 +87,11 @@ def head_of(path: Path) -> dict[str, Any]:
 
 
 def leave_only(path: Path, metrics: Collection[str], scalars: Scalars) -> list[str]:
-    """Take the scalars out of the reply in a file that may not leave; return the names of those that do."""
-    sent = {key: value for key, value in scalars.items() if key in metrics}
+    """Take the scalars out of the reply in a file that may not leave; return the names of those that do.
+
+    Of a name like `cleaned.read` the part before the point counts.
+    """
+    sent = {key: value for key, value in scalars.items() if key.partition(".")[0] in metrics}
     if len(sent) < len(scalars):
         tensors, head = load_message(path)
         with on_disk(path):

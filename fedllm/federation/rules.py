@@ -82,6 +82,8 @@ def facts(said: Mapping[str, Any]) -> Asked:
         sha256 = recipe_sha256(recipe)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the recipe has no canonical JSON ({type(error).__name__})") from error
+    # A recipe that compares texts needs the site's leave for that, whatever the server says of its algorithm.
+    algorithm = [*algorithm, *(["shared_duplicates"] if recipe.get("duplicates") is not None else [])]
     names = {rule: (part_name(recipe, kind),) for rule, kind in KINDS.items() if rule != "transforms"}
     return Asked(
         recipe=sha256,

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 
 from fedllm.core.seeds import derive
-from fedllm.silo.examples import Example
 
 TURNS = 4
 """Rounds of the Feistel network."""
 
 
-def draws(examples: Sequence[Example], batch_size: int, first: int, count: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches number `first` to `first + count`, as `examples.draws` does, without a list of the whole order.
-
-    Every epoch is a permutation of all examples of its own, of which a place is reckoned when it is needed: a batch
-    depends on its number and the seed alone, and memory not on the number of examples.
-    """
-    for number in range(first, first + count):
-        places = range(number * batch_size, (number + 1) * batch_size)
-        yield [
-            examples[permuted(place % len(examples), len(examples), derive(seed, "epoch", place // len(examples)))]
-            for place in places
-        ]
+def reckoned(place: int, size: int, seed: int) -> int:
+    """Return the example at a place of an endless reading of `size` of them, every epoch in an order of its own."""
+    return permuted(place % size, size, derive(seed, "epoch", place // size))
 
 
 def permuted(place: int, size: int, seed: int) -> int:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedllm.core.errors import FedllmError
+from fedllm.silo.readers import Note
 from fedllm.silo.sources import Row, require_columns
-
-Note: TypeAlias = Callable[[str], None]
-"""Counts one row, or one place in it, under what happened to it."""
 
 Columns: TypeAlias = str | Sequence[str]
 """The column, or the columns, that hold a row's text."""

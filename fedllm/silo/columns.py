@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedllm.core.errors import FedllmError
@@ -14,18 +14,20 @@ def renamed(rows: Sequence[Row], columns: Mapping[str, str], where: str) -> list
 
     Columns that are not mapped stay as they are; one of them that is called like a recipe's name is an error.
     """
-    require_columns(rows, list(columns.values()), where)
+    return list(renaming(rows, columns, where))
+
+
+def renaming(rows: Iterable[Row], columns: Mapping[str, str], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows under the recipe's names as they come."""
     mapped = set(columns.values())
     clashes = [name for name in columns if name not in mapped]
     for number, row in enumerate(rows, start=1):
+        require_columns([row], list(columns.values()), where, number)
         for name in clashes:
             if name in row:
                 raise FedllmError(
                     f"{where}, row {number}, has a column {name!r} of its own, but the column map takes {name!r} from "
                     f"{columns[name]!r}; drop the entry or map the other column too, as old_{name} = {name!r}."
                 )
-    return [
-        {name: row[here] for name, here in columns.items()}
-        | {name: value for name, value in row.items() if name not in mapped}
-        for row in rows
-    ]
+        named = {name: row[here] for name, here in columns.items()}
+        yield named | {name: value for name, value in row.items() if name not in mapped}

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedllm.core.errors import FedllmError
 from fedllm.silo.cleaning import Columns, Note, Step, dropping, text_of
 from fedllm.silo.sources import Row
+from fedllm.silo.spooled import Mapped, picked
 
 WORD = re.compile(r"\w+")
 
@@ -115,8 +116,8 @@ def fingerprints(texts: Sequence[str], salt: bytes) -> Tensor:
     return torch.frombuffer(bytearray(digests), dtype=torch.int64).view(-1, 2) if texts else torch.zeros(0, 2).long()
 
 
-def without(rows: Sequence[Row], text: Columns, salt: bytes, dropped_N2: Tensor) -> list[Row]:
+def without(rows: Sequence[Row], text: Columns, salt: bytes, dropped_N2: Tensor) -> Sequence[Row]:
     """Return the rows whose fingerprints are not among those that are to be dropped."""
     gone = set(map(tuple, dropped_N2.tolist()))
-    own = fingerprints([text_of(row, text) for row in rows], salt).tolist()
-    return [row for row, print_2 in zip(rows, own, strict=True) if tuple(print_2) not in gone]
+    own = fingerprints(Mapped(rows, lambda row: text_of(row, text)), salt)
+    return picked(rows, [place for place, print_2 in enumerate(own.tolist()) if tuple(print_2) not in gone])

@@ -18,8 +18,9 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import derive
 from fedllm.silo.groups import labels_of
 from fedllm.silo.sources import Row, require_columns
+from fedllm.silo.spooled import picked
 
-Silos = dict[str, list[Row]]
+Silos = dict[str, Sequence[Row]]
 
 ATTEMPTS = 1000
 """The draws of sizes before giving up on the minimum."""
@@ -28,9 +29,9 @@ ATTEMPTS = 1000
 def by_column(rows: Sequence[Row], column: str) -> Silos:
     """Make one silo of each value of `column`, named after it so that files and TOML keys can be."""
     require_columns(rows, [column], "The data to split")
-    parts: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        parts[str(row[column])].append(row)
+    parts: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        parts[str(row[column])].append(place)
     names: dict[str, str] = {}
     for value in sorted(parts):
         plain = _plain(value)
@@ -38,14 +39,14 @@ def by_column(rows: Sequence[Row], column: str) -> Silos:
         while name in names:
             name, number = f"{plain}_{number}", number + 1
         names[name] = value
-    return {name: parts[names[name]] for name in sorted(names)}
+    return {name: picked(rows, parts[names[name]]) for name in sorted(names)}
 
 
 def iid(rows: Sequence[Row], silos: int, seed: int = 0) -> Silos:
     """Deal the rows out at random; sizes differ by one at most."""
     _check_count(rows, silos)
     order = _random(seed, "iid").permutation(len(rows))
-    return _named([rows[i] for i in sorted(part.tolist())] for part in np.array_split(order, silos))
+    return _named(picked(rows, sorted(part.tolist())) for part in np.array_split(order, silos))
 
 
 def dirichlet(
@@ -81,7 +82,7 @@ def dirichlet(
         kind = int(np.searchsorted(sums, random.random() * sums[-1], side="right"))
         part.append(piles[kind].pop())
         left[kind] -= 1
-    return _named([rows[i] for i in sorted(part)] for part in parts)
+    return _named(picked(rows, sorted(part)) for part in parts)
 
 
 def quantity(rows: Sequence[Row], silos: int, alpha: float, seed: int = 0, at_least: int = 8) -> Silos:
@@ -97,7 +98,7 @@ def quantity(rows: Sequence[Row], silos: int, alpha: float, seed: int = 0, at_le
         ends = np.round(np.cumsum(random.dirichlet([alpha] * silos))[:-1] * len(rows)).astype(int)
         parts = np.split(order, ends)
         if min(map(len, parts)) >= max(at_least, 1):
-            return _named([rows[i] for i in sorted(part.tolist())] for part in parts)
+            return _named(picked(rows, sorted(part.tolist())) for part in parts)
     raise FedllmError(
         f"{len(rows)} rows in {silos} silos with alpha {alpha} did not give each silo at least {at_least} in "
         f"{ATTEMPTS} draws; raise alpha, lower at_least, or take fewer silos."
@@ -118,7 +119,7 @@ def _check_alpha(alpha: float) -> None:
         raise FedllmError(f"The Dirichlet's alpha is {alpha}; give a number above 0, smaller for more skew.")
 
 
-def _named(parts: Iterator[list[Row]]) -> Silos:
+def _named(parts: Iterator[Sequence[Row]]) -> Silos:
     found = list(parts)
     digits = max(2, len(str(len(found) - 1)))
     return {f"silo_{number:0{digits}d}": part for number, part in enumerate(found)}

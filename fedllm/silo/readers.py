@@ -10,9 +10,15 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedllm.core.errors import FedllmError
+
+Row: TypeAlias = Mapping[str, Any]
+"""One example as it was read: column -> value."""
+
+Note: TypeAlias = Callable[[str], None]
+"""Counts one row, or one place in it, under what happened to it."""
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:

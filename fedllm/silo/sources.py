@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from fedllm.core.errors import FedllmError, nearest
-from fedllm.silo.readers import READERS, ending_of, first_line, read_file
-
-Row: TypeAlias = Mapping[str, Any]
-"""One example as it was read: column -> value."""
+from fedllm.silo.readers import READERS, Row, ending_of, first_line, read_file
+from fedllm.silo.spooled import picked
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 DATABASE = re.compile(r"(sqlite|postgres(ql)?)(\+\w+)?:/")
@@ -44,9 +43,9 @@ def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
     return rows
 
 
-def require_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
-    """Raise unless every row has these columns."""
-    for number, row in enumerate(rows, start=1):
+def require_columns(rows: Sequence[Row], columns: Sequence[str], where: str, first: int = 1) -> None:
+    """Raise unless every row has these columns; `first` is the number of the first of them."""
+    for number, row in enumerate(rows, start=first):
         for column in columns:
             if column not in row:
                 known = ", ".join(map(repr, row)) or "none"
@@ -55,23 +54,23 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> 
                 raise FedllmError(f"{where}, row {number}, has no column {column!r} (its columns: {known}); {remedy}")
 
 
-def hold_out(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[Sequence[Row], Sequence[Row]]:
     """Split into train and test by a hash of each row, so that equal rows always land on one side.
 
     Neither the order of the rows nor the other rows matter, except where one side would be empty.
     """
     if not 0 < fraction < 1:
         raise FedllmError(f"The held-out fraction is {fraction}; it must be above 0 and below 1.")
-    places = [_place(row, seed) for row in rows]
+    places = array("d", (_place(row, seed) for row in rows))
     low, high = min(places, default=0.0), max(places, default=0.0)
     if low == high:
         raise FedllmError(
             f"{len(rows)} rows with fewer than two different ones cannot be split into train and test; "
             "add rows or give a test file of its own."
         )
-    held = [place == low or (place < fraction and place != high) for place in places]
-    train = [row for row, out in zip(rows, held, strict=True) if not out]
-    return train, [row for row, out in zip(rows, held, strict=True) if out]
+    held = bytearray(place == low or (place < fraction and place != high) for place in places)
+    train = (number for number, out in enumerate(held) if not out)
+    return picked(rows, train), picked(rows, (number for number, out in enumerate(held) if out))
 
 
 def _place(row: Row, seed: int) -> float:
@@ -79,9 +78,19 @@ def _place(row: Row, seed: int) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Say whether a folder was made by `save_to_disk` of `datasets`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def _from_folder(folder: Path, split: str) -> list[dict[str, Any]]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if is_saved_dataset(folder):
         return _from_disk(folder, split)
+    return [row for file in files_in(folder, split) for row in read_file(file)]
+
+
+def files_in(folder: Path, split: str) -> list[Path]:
+    """Return the files of a folder that are of a split, by their names."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and ending_of(file) is not None)
     if not files:
         raise FedllmError(f"{folder} holds no file that can be read; known endings are {', '.join(sorted(READERS))}.")
@@ -92,7 +101,7 @@ def _from_folder(folder: Path, split: str) -> list[dict[str, Any]]:
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
         raise FedllmError(f"{folder} has no file named after the split {split!r} (it holds {names}); rename one.")
-    return [row for file in chosen for row in read_file(file)]
+    return chosen
 
 
 def _from_disk(folder: Path, split: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Rows of a file one after the other, for files larger than memory."""
+"""Rows of a source one after the other, for files larger than memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from fedllm.core.errors import FedllmError
-from fedllm.silo.cleaning import Note
-from fedllm.silo.readers import ending_of, first_line, read_file
+from fedllm.silo.readers import Note, ending_of, first_line, read_file
+from fedllm.silo.sources import files_in, is_saved_dataset, read_rows
 
 PIECE = 1 << 20
 """Bytes of a text file that make one row, up to the end of a line."""
@@ -19,7 +19,25 @@ PIECE = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
 
-def stream_rows(path: Path, bad: Literal["skip", "refuse"], note: Note) -> Iterator[dict[str, Any]]:
+NOT_UTF8 = "lines that are not UTF-8"
+
+Bad: TypeAlias = Literal["skip", "refuse"]
+"""What to do about text that is not UTF-8."""
+
+
+def stream_source(source: str | Path, bad: Bad, note: Note, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Yield the rows of whatever `read_rows` takes, files and folders of files one row after the other."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not is_saved_dataset(path):
+        for file in files_in(path, split):
+            yield from stream_rows(file, bad, note)
+    elif path.is_file():
+        yield from stream_rows(path, bad, note)
+    else:
+        yield from read_rows(source, split)
+
+
+def stream_rows(path: Path, bad: Bad, note: Note) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file; of `.jsonl` and `.txt`, also with `.gz`, only one is in memory at a time.
 
     A text file of more than a mebibyte is several rows. Lines that are not UTF-8 are counted as such and skipped, or
@@ -38,9 +56,7 @@ def stream_rows(path: Path, bad: Literal["skip", "refuse"], note: Note) -> Itera
         raise FedllmError(f"{path} cannot be read ({first_line(error)}); check the file and its rights.") from error
 
 
-def json_rows(
-    file: BinaryIO | gzip.GzipFile, path: Path, bad: Literal["skip", "refuse"], note: Note
-) -> Iterator[dict[str, Any]]:
+def json_rows(file: BinaryIO | gzip.GzipFile, path: Path, bad: Bad, note: Note) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file with one on each line."""
     for number, line in enumerate(file, start=1):
         said = decoded(line.removeprefix(BOM) if number == 1 else line, path, number, bad, note)
@@ -54,12 +70,17 @@ def json_rows(
             ) from error
         if not isinstance(row, dict):
             raise FedllmError(f"{path}, line {number}: not a JSON object; write one {{...}} on each line.")
+        # Escapes can spell what UTF-8 cannot write: half of a pair of surrogates.
+        if (
+            "\\ud" in said.lower()
+            and decoded(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"), path, number, bad, note)
+            is None
+        ):
+            continue
         yield row
 
 
-def text_rows(
-    file: BinaryIO | gzip.GzipFile, path: Path, bad: Literal["skip", "refuse"], note: Note
-) -> Iterator[dict[str, Any]]:
+def text_rows(file: BinaryIO | gzip.GzipFile, path: Path, bad: Bad, note: Note) -> Iterator[dict[str, Any]]:
     """Yield a text file in pieces of whole lines; a line longer than a piece is cut between two characters."""
     lines, size, number, left = list[str](), 0, 1, b""
     for line in iter(lambda: file.readline(PIECE), b""):
@@ -92,14 +113,14 @@ def halves(data: bytes) -> tuple[bytes, bytes]:
     return data, b""
 
 
-def decoded(line: bytes, path: Path, number: int, bad: Literal["skip", "refuse"], note: Note) -> str | None:
+def decoded(line: bytes, path: Path, number: int, bad: Bad, note: Note) -> str | None:
     """Return a line as text; None where it is not UTF-8, which is counted."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         if bad == "refuse":
             raise FedllmError(
-                f"{path}, line {number}: not UTF-8; save the file as UTF-8, or set bad = 'skip' to skip such lines."
+                f"{path}, line {number}: not UTF-8; save the file as UTF-8, or set data.not_utf8 = 'skip'."
             ) from error
-        note("lines that are not UTF-8")
+        note(NOT_UTF8)
         return None

@@ -1,7 +1,8 @@
-"""Text larger than memory: tokenised once into a file, and read from there in blocks, in any order.
+"""Plain text as blocks of tokens: in memory where it is short, else tokenised once into a file of the user's cache.
 
-The file is named by a hash of the sources, the tokenizer and the cleaning steps, so it is made again when one of them
-changes. It holds the silo's text as tokens and is as confidential as that.
+The file is named by a hash of the texts and the tokenizer, so it is made again when one of them changes, and found
+again by a run that goes on. It is as confidential as the text: only its owner can read it, and what was not used for
+`DAYS` days is removed when another one is made.
 """
 
 from __future__ import annotations
@@ -9,48 +10,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 
 from fedllm.core.errors import FedllmError
-from fedllm.silo.cleaning import Step, cleaned
 from fedllm.silo.examples import Example
-from fedllm.silo.sources import Row, require_columns
-from fedllm.silo.stream_rows import stream_rows
+from fedllm.silo.smollm2 import cache_folder
 from fedllm.silo.templates import first_token
 
-VERSION = 1
+VERSION = 2
 """Of what is in a file; another version is another file."""
 
 BATCH = 1 << 20
 """Characters that are tokenised at a time."""
 
+SMALL = 1 << 24
+"""Characters of a silo's text up to which its tokens are kept in memory."""
 
-class Stream(NamedTuple):
-    """A silo's blocks of tokens by split, and what was counted when they were made."""
-
-    train: Blocks
-    test: Blocks
-    counts: dict[str, int]
+DAYS = 30
 
 
 class Blocks(Sequence[Example]):
-    """Tokens in a file as blocks of `block` tokens, the last one shorter; read when asked for."""
+    """Tokens one after the other as blocks of `block` tokens, the last one shorter; made when asked for."""
 
-    def __init__(self, path: Path, kind: str, block: int) -> None:
-        empty = path.stat().st_size == 0  # which cannot be mapped
-        self.tokens: np.ndarray = np.zeros(0, kind) if empty else np.memmap(path, kind, "r")
-        self.block = block
+    def __init__(self, tokens_N: np.ndarray, block: int) -> None:
+        self.tokens_N, self.block = tokens_N, block
 
     def __len__(self) -> int:
         # What is left over at the end counts if there is something in it to predict.
-        return (len(self.tokens) + self.block - 2) // self.block
+        return (len(self.tokens_N) + self.block - 2) // self.block
 
     @overload
     def __getitem__(self, place: int) -> Example: ...
@@ -62,122 +54,77 @@ class Blocks(Sequence[Example]):
         if isinstance(place, slice):
             return [self[each] for each in range(len(self))[place]]
         start = range(len(self))[place] * self.block
-        ids = self.tokens[start : start + self.block].tolist()
+        ids = self.tokens_N[start : start + self.block].tolist()
         return Example(ids, ids)
 
 
-def open_stream(
-    sources: Sequence[Path],
-    tokenizer: Any,
-    folder: Path,
-    *,
-    block: int = 256,
-    text: str = "text",
-    steps: Sequence[Step] = (),
-    bad: Literal["skip", "refuse"] = "skip",
-    held_out: float = 0.1,
-    seed: int = 0,
-) -> Stream:
-    """Return the blocks of files of rows, tokenised into `folder` unless that was done before.
+def packed(texts: Callable[[], Iterable[str]], tokenizer: Any, block: int) -> Blocks:
+    """Return the blocks of texts joined as they are; `texts` is called more than once and yields the same ones.
 
-    Texts are joined by the end token, as in the task `causal`. A text is held out by its own hash, so equal texts are
-    on one side. Memory does not grow with the files, but for what the steps remember of the rows.
+    Memory does not grow with the texts.
     """
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    for text in texts():
+        digest.update(len(text).to_bytes(8, "big") + text.encode("utf-8", "surrogatepass"))
+        size += len(text)
+    kind = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    if size <= SMALL:
+        return Blocks(np.frombuffer(b"".join(tokenised(texts(), tokenizer, kind)), kind), block)
+    said = json.dumps([VERSION, digest.hexdigest(), tokenizer_hash(tokenizer)])
+    name = hashlib.sha256(said.encode()).hexdigest()[:32]
+    return Blocks(np.memmap(kept(name, lambda: tokenised(texts(), tokenizer, kind)), kind, "r"), block)
+
+
+def tokenised(texts: Iterable[str], tokenizer: Any, kind: str) -> Iterator[bytes]:
+    """Yield the tokens of the texts as numbers of a kind, a batch of texts at a time."""
+    waiting, size = list[str](), 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield numbers(waiting, tokenizer, kind)
+            waiting, size = [], 0
+    if waiting:
+        yield numbers(waiting, tokenizer, kind)
+
+
+def numbers(texts: Sequence[str], tokenizer: Any, kind: str) -> bytes:
+    """Return the tokens of the texts, one text after the other."""
+    return b"".join(np.array(ids, kind).tobytes() for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def kept(name: str, make: Callable[[], Iterable[bytes]]) -> Path:
+    """Return the file of that name in the user's cache, made unless it is there; it is there whole or not at all."""
     from filelock import FileLock
 
-    if block < 2:
-        raise FedllmError(f"task.block is {block}; it must be at least 2.")
-    said = [VERSION, text, bad, held_out, seed, [[step.name, dict(step.settings)] for step in steps]]
-    name = name_of([*map(file_hash, sources), tokenizer_hash(tokenizer), json.dumps(said, sort_keys=True)])
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    files = {part: folder / f"{name}.{part}.tokens" for part in ("train", "test")}
-    kind = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    with FileLock(folder / f"{name}.lock"):
-        if not (folder / f"{name}.json").is_file():
-            counts: Counter[str] = Counter()
-            rows = cleaned(rows_of(sources, bad, counts), steps, counts)
-            is_test = partial(lies_below, share=held_out, seed=seed)
-            write_tokens(rows, tokenizer, text, files, kind, is_test, counts)
-            write_whole(folder / f"{name}.json", json.dumps(counts).encode())
-    counts = Counter(json.loads((folder / f"{name}.json").read_bytes()))
-    train, test = (Blocks(files[part], kind, block) for part in ("train", "test"))
-    return Stream(train, test, dict(counts))
-
-
-def rows_of(sources: Sequence[Path], bad: Literal["skip", "refuse"], counts: Counter[str]) -> Iterator[Row]:
-    """Yield the rows of all files."""
-    for source in sources:
-        yield from stream_rows(source, bad, lambda what: counts.update([what]))
-
-
-def write_tokens(
-    rows: Iterable[Row],
-    tokenizer: Any,
-    text: str,
-    files: dict[str, Path],
-    kind: str,
-    is_test: Callable[[str], bool],
-    counts: Counter[str],
-) -> None:
-    """Tokenise the rows into the files, a batch of texts at a time; a file is there only when it is whole."""
-    before, waiting, size = first_token(tokenizer), {part: list[str]() for part in files}, 0
-    beside = {part: path.with_suffix(".part") for part, path in files.items()}
-    with ExitStack() as stack:
-        opened = {part: stack.enter_context(path.open("wb")) for part, path in beside.items()}
-
-        def flush() -> None:
-            for part, texts in waiting.items():
-                for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
-                    opened[part].write(np.array(ids, kind).tobytes())
-                    counts[f"{part}_tokens"] += len(ids)
-                texts.clear()
-
-        for row in rows:
-            require_columns([row], [text], "A row of the text")
-            said = str(row[text] or "")
-            if not said:
-                counts["empty"] += 1
-                continue
-            part = "test" if is_test(said) else "train"
-            waiting[part].append(f"{before}{said}{tokenizer.eos_token}")
-            counts[f"{part}_rows"] += 1
-            size += len(said)
-            if size >= BATCH:
-                flush()
-                size = 0
-        flush()
-        for file in opened.values():
-            file.flush()
-            os.fsync(file.fileno())
-    for part, path in files.items():
-        beside[part].replace(path)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    beside = path.with_suffix(".part")
-    beside.write_bytes(data)
-    beside.replace(path)
-
-
-def lies_below(text: str, share: float, seed: int) -> bool:
-    """Say whether a text's own place between 0 and 1 is below `share`."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(digest, "big") < share * 2.0**64
-
-
-def name_of(parts: Sequence[str]) -> str:
-    """Return one hash of several."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def file_hash(path: Path) -> str:
-    """Return the hash of a file's bytes, without holding them."""
+    folder = cache_folder() / "tokens"
+    path = folder / f"{name}.tokens"
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(folder / f"{name}.lock"):
+            if not path.is_file():
+                forget_old(folder)
+                beside = path.with_suffix(".part")
+                with open(beside, "wb", opener=lambda file, flags: os.open(file, flags, 0o600)) as file:
+                    file.writelines(make())
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.replace(path)
+            os.utime(path)
     except OSError as error:
-        raise FedllmError(f"{path} cannot be read ({error.strerror}); give the path of a file.") from error
+        reason = error.strerror or str(error)
+        raise FedllmError(
+            f"The tokens of a text cannot be kept in {folder} ({reason}); make room there, or set FEDLLM_CACHE to "
+            "another folder."
+        ) from error
+    return path
+
+
+def forget_old(folder: Path) -> None:
+    """Remove what was not used for long."""
+    for path in folder.glob("*"):
+        if path.stat().st_mtime < time.time() - DAYS * 86400:
+            path.unlink(missing_ok=True)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -185,4 +132,4 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if not tokenizer.is_fast:
         raise FedllmError(f"{type(tokenizer).__name__} cannot be hashed; use the model's fast tokenizer.")
     whole = [tokenizer.backend_tokenizer.to_str(), first_token(tokenizer), tokenizer.eos_token]
-    return name_of([str(each) for each in whole])
+    return hashlib.sha256(json.dumps([str(each) for each in whole]).encode()).hexdigest()

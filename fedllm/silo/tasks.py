@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.examples import IGNORED, Example
+from fedllm.silo.readers import Row
+from fedllm.silo.streams import packed
 from fedllm.silo.templates import Turn, first_token, render
-
-Row = Mapping[str, Any]
 
 
 class Prepared(NamedTuple):
     """A silo's examples, and how many rows gave none because nothing of them could be scored."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     skipped: int
 
 
@@ -113,22 +113,33 @@ def tokenise(tokenizer: Any, pieces: Sequence[tuple[str, bool]], max_tokens: int
 
 
 def causal(tokenizer: Any, *, block: int = 256, text: str = "text") -> Task:
-    """Plain language modelling: texts joined by the end token and cut into blocks of `block` tokens."""
+    """Plain language modelling: texts joined by the end token and cut into blocks of `block` tokens.
+
+    The text may be larger than memory (see `streams`).
+    """
+    if block < 2:
+        raise FedllmError(f"task.block is {block}; it must be at least 2.")
 
     def prepare(rows: Sequence[Row], where: str) -> Prepared:
-        stream, skipped = list[int](), 0
-        for number, row in enumerate(rows, 1):
-            if text not in row:
-                raise FedllmError(
-                    f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; "
-                    "name yours with task.text."
-                )
-            said = text_in(row, text, f"{where}, row {number}")
-            skipped += not said
-            whole = f"{first_token(tokenizer)}{said}{tokenizer.eos_token}"
-            stream += tokenizer(whole, add_special_tokens=False)["input_ids"] if said else []
-        blocks = [stream[start : start + block] for start in range(0, len(stream), block)]
-        return Prepared([Example(ids, ids) for ids in blocks if len(ids) > 1], skipped)
+        before = first_token(tokenizer)
+
+        used = 0
+
+        def texts() -> Iterator[str]:
+            nonlocal used
+            used = 0
+            for number, row in enumerate(rows, 1):
+                if text not in row:
+                    raise FedllmError(
+                        f"{where}, row {number}: no column '{text}' among {', '.join(sorted(row))}; "
+                        "name yours with task.text."
+                    )
+                if said := text_in(row, text, f"{where}, row {number}"):
+                    used += 1
+                    yield f"{before}{said}{tokenizer.eos_token}"
+
+        blocks = packed(texts, tokenizer, block)
+        return Prepared(blocks, len(rows) - used)
 
     return Task("causal", prepare)
 

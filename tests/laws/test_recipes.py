@@ -41,6 +41,9 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
         table["task"]["block"] = 16
     table["data"] = {**table.get("data", {}), "root": str(folder), "limit_test": 4}
     table |= {"model": str(model), "rounds": 2, "dtype": "float32", "device": "cpu"}
+    if "general" in table.get("evaluate", {}):
+        (folder / "general.jsonl").write_text(json.dumps({"text": "The cat sat on the mat, and the dog did not."}))
+        table["evaluate"] = {**table["evaluate"], "general": "general.jsonl"}
     table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
     return read_recipe(table)
 
@@ -54,6 +57,8 @@ def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
     assert set(metrics["loss"]["federated"]) == set(recipe.silos)
+    if recipe.evaluate.general:
+        assert set(metrics["general"]) >= {"base", "federated"}
     result = (
         ("adapter", "adapter_model.safetensors")
         if recipe.trainable["name"] != "full"

@@ -218,9 +218,8 @@ def test_packed_blocks_are_the_stream_itself_with_an_end_after_every_text(texts,
 
 
 def test_a_text_column_of_another_name():
-    assert causal(PLAIN, text="body").prepare([{"body": "the cat"}], "a") == causal(PLAIN).prepare(
-        [{"text": "the cat"}], "a"
-    )
+    one = causal(PLAIN, text="body").prepare([{"body": "the cat"}], "a").examples
+    assert list(one) == list(causal(PLAIN).prepare([{"text": "the cat"}], "a").examples)
 
 
 WORDS = {"0": "negative", "1": "positive", "2": "on the mat"}

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedllm.app.report import costs, parts, plots
+from fedllm.app.report import cleaning, costs, parts, plots
 from fedllm.app.report import wire as on_wire
 from fedllm.app.report.data import Run, compare, read_run
 from fedllm.app.report.words import facts, lead, number, plain
@@ -60,6 +60,8 @@ def render(run: Run) -> str:
         "cards": parts.cards(found),
         "table": parts.table(found),
         "accuracy": parts.table(compare(run, "accuracy"), higher=True),
+        "forgetting": parts.table(compare(run, "general")),
+        "cleaning": cleaning.table(run),
         "note": on_wire.note(run),
         "holdings": parts.holdings(run),
         "cost": parts.cost(run),

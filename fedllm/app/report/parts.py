@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fedllm.app.report.cleaning import cleaned_away
 from fedllm.app.report.data import Comparison, Run, is_number, losses, mean, part
 from fedllm.app.report.words import duration, everyone_means, number, perplexity, plain, size
 
@@ -158,15 +159,6 @@ def resumed(run: Run) -> str:
     """Say how often a run was taken up again."""
     again = run.starts - 1
     return f", resumed {'once' if again == 1 else f'{again} times'}" if again > 0 else ""
-
-
-def cleaned_away(counts: dict[str, Any]) -> str:
-    """Say what cleaning counted over all silos."""
-    total: dict[str, int] = {}
-    for told in counts.values():
-        for what, count in (told if isinstance(told, dict) else {}).items():
-            total[what.partition(".")[2] or what] = total.get(what.partition(".")[2] or what, 0) + int(count)
-    return ", ".join(f"{what} {count:,}" for what, count in total.items() if count)
 
 
 def about(run: Run) -> list[tuple[str, str]]:
