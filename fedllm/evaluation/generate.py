@@ -128,13 +128,13 @@ def has_soft_prompt(model: nn.Module) -> bool:
     return bool(config is not None and config.is_prompt_learning)
 
 
-def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
+def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float = 1.0) -> Any:
     """Return the settings of a generation, which ends at the tokenizer's end token and at the model's own."""
     from transformers import GenerationConfig
 
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

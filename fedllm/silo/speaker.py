@@ -1,4 +1,4 @@
-"""A language model as prompt methods see it: text in, and text or log-probabilities out. Where it runs they cannot tell."""
+"""A language model as prompt methods see it: text in, text or log-probabilities out; where it runs they cannot tell."""
 
 from __future__ import annotations
 
