@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fedllm.algorithms.method import Ground, Method
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
 from fedllm.app.data import NOWHERE, Silos, open_shards
@@ -17,7 +18,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
+from fedllm.core.types import Algorithm, Client, Dataset, Select, Silo, State, Tensors, Transform, Work
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
@@ -53,10 +54,20 @@ class Parts(NamedTuple):
     """The network that rounds are reckoned over, if the recipe has one."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
+    method: Method | None = None
+    """What the recipe's algorithm is where it is more than local training and an average."""
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
         return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+
+    def steps(self, data: Dataset) -> int:
+        """Return how often a client with this data ticks in a round."""
+        return self.method.steps(data) if self.method else self.work().steps(data)
+
+    def shown(self, state: State) -> Tensors:
+        """Return what of a server's state is evaluated and exported."""
+        return self.method.shown(state) if self.method else state.params
 
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
@@ -96,25 +107,65 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     if device.type == "mps":
         params = {name: value.cpu() for name, value in params.items()}
 
+    transforms = [make("transforms", part) for part in recipe.transforms]
+    method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms)
+    if method:
+        params = method.start
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     work = make_work(recipe, objective, tokenizer)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
-    algorithm = averaging(
-        work=work,
-        select=select,
-        aggregate=make("aggregate", recipe.aggregate),
-        optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
-        share=make("share", recipe.share, rounds=recipe.rounds),
-        transforms=[make("transforms", part) for part in recipe.transforms],
-        probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
+    algorithm = (
+        method.algorithm(select)
+        if method
+        else averaging(
+            work=work,
+            select=select,
+            aggregate=make("aggregate", recipe.aggregate),
+            optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
+            share=make("share", recipe.share, rounds=recipe.rounds),
+            transforms=transforms,
+            probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
+        )
     )
     evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
+    if method:
+        evaluator = method.evaluator
     fitting = plan(algorithm, params)
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, width,
+        evaluator, fitting, sample(silos.names, recipe), links, width, method,
     )  # fmt: skip
+
+
+def make_method(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    trainable: Trainable,
+    objective: Objective,
+    names: Sequence[str],
+    transforms: Sequence[Transform],
+) -> Method | None:
+    """Return the method that a recipe's algorithm names, or None for local training and an average."""
+    if recipe.algorithm["name"] == "averaging":
+        if odd := sorted(recipe.algorithm.keys() - {"name"}):
+            raise FedllmError(
+                f"algorithm.{odd[0]} is not a setting of 'averaging', whose parts are tables of their own, such as "
+                "[client] and [optimiser]."
+            )
+        return None
+    fixed = Recipe.__pydantic_fields__
+    for kind in ("client", "share", "optimiser"):
+        if (name := getattr(recipe, kind)["name"]) != fixed[kind].default["name"]:
+            raise FedllmError(f"algorithm '{recipe.algorithm['name']}' has no {kind} '{name}'; take [{kind}] out.")
+    aggregate = make("aggregate", recipe.aggregate)
+    size = recipe.evaluate.batch_size
+    ground = Ground(
+        names, recipe.rounds, recipe.seed, model, tokenizer, task, trainable, objective, aggregate, transforms, size
+    )
+    return make("algorithm", recipe.algorithm, ground)
 
 
 def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:

@@ -14,11 +14,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
-from fedllm.core.round import everything
+from fedllm.core.round import averaging, everything
 from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
 from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
+    "algorithm": {"averaging": averaging},
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
     "trainable": {
         "full": trainables.full,

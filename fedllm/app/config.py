@@ -119,6 +119,8 @@ class Recipe(Closed):
     federation: Federation = Federation()
     scratch: Scratch | None = None
     links: Links | None = None
+    algorithm: dict[str, Any] = {"name": "averaging"}
+    """Local training and an average, made of the tables below, or a method of its own."""
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -165,7 +167,7 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Seque
     table = dict(source) if isinstance(source, Mapping) else read_toml(Path(source))
     for setting in settings:
         table = with_setting(table, setting)
-    for kind in ("task", "trainable", "select", "share", "aggregate", "optimiser", "partition"):
+    for kind in ("algorithm", "task", "trainable", "select", "share", "aggregate", "optimiser", "partition"):
         if isinstance(table.get(kind), str):
             table[kind] = {"name": table[kind]}
         if isinstance(table.get(kind), Mapping) and "name" not in table[kind]:

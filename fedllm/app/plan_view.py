@@ -48,6 +48,8 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     if away:
         runtime = "federation, each site on its own machine; the server's part"
     yield f"runs as      {runtime}, on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}"
+    for word, sentence in parts.method.notes if parts.method else ():
+        yield f"{word:<12} {sentence}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
     yield "privacy      none is claimed: no noise is added, and " + (
         "the server sees each silo's update" if plan.steps[-1].facts.sees == "each" else "only sums are seen"

@@ -157,7 +157,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if "base" not in done:
         begun = time.perf_counter()
         with ui.part("base model", evaluation_steps(parts)):
-            losses = held_out_losses(parts, nodes.exchange, parts.params, base=True)
+            losses = held_out_losses(parts, nodes.exchange, start_of(parts), base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
         ui.say(f"base model: held-out loss {mean(losses.get('loss', {})):.3f}")
@@ -174,17 +174,36 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
     events = read_events(folder)
     # A resumed run may have come this far before; the result is whole if this was the last word.
     if events[-1]["event"] != "done":
-        write(trained(parts.model), state.params)
-        scores = score_files(parts, ui.tick)
-        target = folder / ("adapter" if parts.trainable.adapter else "model")
-        with on_disk(target):
-            export(parts.model, target)
-            parts.tokenizer.save_pretrained(target)
+        scores = put_down(folder, parts, state, ui)
         seconds = sum(total_seconds(event) for event in events if event["event"] != "done")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
         append_event(folder, {"event": "done", "scores": scores, "seconds": seconds, "peak_mb": round(peak)})
     write_metrics(folder)
     write_report(folder)
+
+
+def put_down(folder: Path, parts: Parts, state: State, ui: Ui) -> dict[str, Any]:
+    """Write what was learned into a folder of the run, and return its scores on the recipe's files."""
+    target = folder / ("adapter" if parts.trainable.adapter else "model")
+    if parts.method:
+        target = folder / parts.method.folder
+        with on_disk(target):
+            parts.method.export(parts.model, parts.shown(state), target)
+    else:
+        write(trained(parts.model), state.params)
+    scores = score_files(parts, ui.tick)
+    if not parts.method:
+        with on_disk(target):
+            export(parts.model, target)
+    if target.name != "prompt":
+        with on_disk(target):
+            parts.tokenizer.save_pretrained(target)
+    return scores
+
+
+def start_of(parts: Parts) -> Tensors:
+    """Return what is evaluated before the first round."""
+    return parts.shown(parts.algorithm.init(parts.params))
 
 
 def runtime(parts: Parts) -> str:

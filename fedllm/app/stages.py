@@ -31,8 +31,9 @@ class Nodes(NamedTuple):
 def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
+    asked = dict.fromkeys(parts.method.ops if parts.method else ("train",), train)
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in parts.silos.shards.items()}
-    return Nodes(by_op({"train": train, "evaluate": looking(parts, ui)}), memory, held)
+    return Nodes(by_op({**asked, "evaluate": looking(parts, ui)}), memory, held)
 
 
 def looking(parts: Parts, ui: Ui) -> Exchange:
@@ -49,7 +50,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     recipe, traffic, clock = parts.recipe, Traffic(), time.perf_counter
     asked = list(parts.select(state.round))
     known = len(asked) <= 64 and all(parts.silos.shards[name].train for name in asked)
-    steps = sum(parts.work().steps(parts.silos.examples(name)) for name in asked) if known else None
+    steps = sum(parts.steps(parts.silos.examples(name)) for name in asked) if known else None
     begun = clock()
     with ui.part(f"round {state.round + 1}", steps, counts=True):
         after, report = parts.algorithm.server(state, metered(nodes.exchange, traffic))
@@ -59,7 +60,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     looked, losses = clock(), dict[str, dict[str, float]]()
     if after.round % recipe.evaluate.every == 0 or after.round == recipe.rounds:
         with ui.part("held-out loss", evaluation_steps(parts)):
-            losses = held_out_losses(parts, nodes.exchange, after.params, after.round)
+            losses = held_out_losses(parts, nodes.exchange, parts.shown(after), after.round)
     event = {
         "event": "round",
         "round": after.round,
@@ -88,7 +89,7 @@ def over_links(parts: Parts, traffic: Traffic, report: Report) -> dict[str, floa
     tokens = {name: float(report.get(f"tokens.{name}", 0.0)) for name in traffic.each}
     whole = sum(tokens.values()) or 1.0
     loads = {name: Load(up, down, traffic.seconds * tokens[name] / whole) for name, (down, up) in traffic.each.items()}
-    steps = max(parts.work().steps(parts.silos.examples(name)) for name in loads)
+    steps = max(parts.steps(parts.silos.examples(name)) for name in loads)
     overlap = bool(parts.recipe.links and parts.recipe.links.overlap)
     return {
         "simulated_seconds": round_seconds(parts.links, loads, overlap),

@@ -99,7 +99,7 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
         counts = {part: float(len(silo.data[part])) for part in ("train", "test")}
         skipped = {"skipped": float(parts.silos.skipped[name])}
         return Reply(name, request.round, {}, 1.0, counts | skipped), {}
-    if request.op == "train":
+    if request.op in (parts.method.ops if parts.method else ("train",)):
         return parts.algorithm.client(request, silo)
     if request.op == "evaluate":
         return parts.evaluator(request, silo)
@@ -110,8 +110,13 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
 
 def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
     """Train alone for as many steps as in so many rounds, and look at the own held-out text; no tensors leave."""
+    from fedllm.app.compare import by_method
     from fedllm.core.tensors import subtract
 
+    if parts.method:
+        found = by_method(parts.method, silo, int(request.scalars["rounds"]))
+        asked = Request(request.client, 0, "evaluate", found, {"base": 0.0})
+        return parts.evaluator(asked, silo)[0]._replace(round=request.round, tensors={}), {}
     steps = int(request.scalars["rounds"]) * parts.work().steps(silo.data)
     learned, _ = parts.work(steps=steps, epochs=None).client(request, silo)
     asked = Request(request.client, 0, "evaluate", subtract(request.tensors, learned.tensors), {"base": 0.0})
@@ -124,7 +129,7 @@ def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
     begun = told = time.perf_counter()
     step, tokens = 0, 0
     data = parts.silos.examples(parts.silos.names[0])
-    per_round = parts.work().steps(data)
+    per_round = parts.steps(data)
     steps = {"train": per_round, "alone": per_round * int(request.scalars.get("rounds", 1))}.get(request.op, 0)
 
     def tick(count: int) -> None:
