@@ -25,6 +25,7 @@ def complete(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
     tick: Callable[[int], None] = ignore,
@@ -36,7 +37,7 @@ def complete(
     """
     asked = [prompt_ids(tokenizer, turns) for turns in conversations]
     written = [""] * len(asked)
-    settings = how(model, tokenizer, max_new_tokens, temperature)
+    settings = how(model, tokenizer, max_new_tokens, temperature, top_p)
     for places in batches([len(ids) for ids in asked], batch_size, padded=not has_soft_prompt(model)):
         rows = [asked[place] for place in places]
         new_BT = write(model, rows, settings, derive(seed, "complete", places[0]))
