@@ -112,15 +112,22 @@ class Endpoint:
                 )
             self._way = self._scores()
         except Unanswered as problem:
-            raise FedllmError(f"The endpoint {self.address.url} cannot be used: {problem}; start it, or mend endpoint.url.") from problem
+            raise FedllmError(
+                f"The endpoint {self.address.url} cannot be used: {problem}; start it, or mend endpoint.url."
+            ) from problem
         except openai.OpenAIError as error:
-            raise FedllmError(f"The endpoint {self.address.url} cannot be used: {plain(error)}; start it, or mend endpoint.url.") from error
+            raise FedllmError(
+                f"The endpoint {self.address.url} cannot be used: {plain(error)}; start it, or mend endpoint.url."
+            ) from error
         how = (
             "tells the log-probabilities of prompts"
             if self._way
             else "does not tell log-probabilities of prompts: answers are matched exactly instead"
         )
         return f"{self.address.model} at {self.address.url} {how}"
+
+    def _unusable(self, problem: Exception) -> str:
+        return f"The endpoint {self.address.url} cannot be used: {plain(problem)}; start it, or mend [endpoint]."
 
     def speaker(self) -> Speaker:
         """Return the model as prompt methods see it."""

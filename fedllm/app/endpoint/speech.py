@@ -168,15 +168,18 @@ def continued(
             entries.append(Entry(text, start + len(held), told.logprob, words(tokenizer, told)))
             held, written = held + text, written + 1
             clear, stopped = up_to_stop(held, saying.stops)
-            if stopped or told.token in ends:
-                finish = "stop"
-                held, entries = held[:clear] if stopped else held, entries if stopped else entries[:-1]
+            if stopped:
+                finish, held = "stop", held[:clear]
+                entries = [entry for entry in entries if entry.start < start + clear]
+                break
+            if told.token in ends:
+                finish, entries = "stop", entries[:-1]
                 break
             if clear:
                 out = [entry for entry in entries if entry.start < start + clear]
                 yield Piece(number, held[:clear], out, None, written)
                 held, start, entries, written = held[clear:], start + clear, entries[len(out) :], 0
-    yield Piece(number, held, [entry for entry in entries if entry.start < start + len(held)], finish, written)
+    yield Piece(number, held, entries, finish, written)
 
 
 def up_to_stop(text: str, stops: Sequence[str]) -> tuple[int, bool]:
