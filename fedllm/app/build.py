@@ -102,7 +102,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     else:
         base = empty_model(recipe.model, kept)
     model = trainable.attach(base, recipe.seed)
-    objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
+    autocast = None if trainable.adapter or dtype == torch.float32 else dtype
+    objective = causal_loss(autocast)
     params: Tensors = parameters(model)
     if device.type == "mps":
         params = {name: value.cpu() for name, value in params.items()}
@@ -127,7 +128,9 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
             probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
         )
     )
-    evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
+    evaluator = held_out(
+        objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size, autocast=autocast
+    )
     if method:
         evaluator = method.evaluator
     fitting = plan(algorithm, params)
