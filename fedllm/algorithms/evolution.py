@@ -76,7 +76,9 @@ def strategy(search: Search, mean_D: np.ndarray, sigma: float, generation: int) 
             import cma
             from cma.sigma_adaptation import CMAAdaptSigmaCSA
     except ImportError:
-        raise FedllmError("This algorithm needs the package 'cma'; install it with pip install 'fedllm[prompts]'.") from None
+        raise FedllmError(
+            "This algorithm needs the package 'cma'; install it with pip install 'fedllm[prompts]'."
+        ) from None
     random = np.random.default_rng(derive(search.seed, "generation", generation))
     options = {
         "popsize": search.population,

@@ -7,7 +7,7 @@ checkpoints, events and exchanges as any average.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,21 @@ from fedllm.core.types import (
     Exchange,
     Report,
     Select,
+    Silo,
     State,
     Tensors,
     Transform,
 )
 from fedllm.silo.objective import Objective
+from fedllm.silo.questions import Asking
+from fedllm.silo.speaker import Speaker
 from fedllm.silo.tasks import Task
 from fedllm.silo.trainables import Trainable
+
+
+def nobody(silo: Silo) -> Speaker:
+    """Say that there is nobody to ask."""
+    raise FedllmError("This run has no model that could be asked.")
 
 
 class Ground(NamedTuple):
@@ -48,6 +56,14 @@ class Ground(NamedTuple):
     transforms: Sequence[Transform] = ()
     batch_size: int = 16
     """Rows that are scored at a time."""
+    asking: Asking | None = None
+    """How the task's rows are asked in plain text; a silo's data then has them as `questions` and `tests`."""
+    speaker: Callable[[Silo], Speaker] = nobody
+    """The model as text in and text out, here or behind an API."""
+    guard: Callable[[Client], Client] = lambda client: client
+    """Lets a client's texts leave only without copies of the silo's own and personal data."""
+    rows: Callable[[str], Sequence[Mapping[str, Any]]] = lambda source: []
+    """Reads a file that is named like the silos' own; only the server does."""
 
 
 class Method(NamedTuple):
@@ -70,6 +86,8 @@ class Method(NamedTuple):
     """How often a client with this data ticks in a round."""
     ops: Sequence[str] = ("train",)
     """What the client can be asked; a round asks a silo to `train` once at most, since a site keeps count by it."""
+    weights: bool = True
+    """Whether it needs the model's weights, and so cannot work with a model behind an API."""
     notes: Sequence[tuple[str, str]] = ()
     """Lines of the plan: a word and what it costs, sends or may spend."""
 

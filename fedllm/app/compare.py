@@ -11,7 +11,7 @@ from fedllm.algorithms.baselines import alone, budget
 from fedllm.algorithms.method import Method, only, rounds_of
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
-from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, training_exchange
+from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, said, training_exchange
 from fedllm.core.seeds import derive
 from fedllm.core.types import Request, Silo, Tensors
 from fedllm.runtime.local import local
@@ -65,7 +65,7 @@ def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]
     with ui.part("held-out loss", None):
         where = parts.looked if len(parts.silos.names) <= EVERYWHERE else [name]
         losses = held_out_losses(parts, looking(parts, ui), params, names=where)
-    ui.say(f"{name} alone: held-out loss {losses['loss'][name]:.3f} on its own text")
+    ui.say(f"{name} alone: {said(losses, name)} on its own text")
     return {**losses, "seconds": time.perf_counter() - begun}
 
 

@@ -29,6 +29,8 @@ class SiloFiles(Closed):
     test_query: str | None = None
     columns: dict[str, str] = {}
     """The task's name of a column -> this silo's own."""
+    templates: str | None = None
+    """Prompt templates that this silo adds to a library: a text file, templates apart by a line of three dashes."""
 
 
 class Data(Closed):
@@ -100,6 +102,38 @@ class Federation(Closed):
     """Sites that send or fetch at the same time; all work at the same time."""
 
 
+class EndpointTable(Closed):
+    """A model behind an API, where `model` is "endpoint"."""
+
+    url: str = Field(pattern="^https?://[^/]+")
+    """Up to and with /v1."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    key_env: str | None = Field(None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    """The environment variable that has the key; the key itself stands in no recipe and no run."""
+    timeout: float = Field(60, gt=0)
+    tries: int = Field(5, gt=0)
+    parallel: int = Field(4, gt=0)
+    batch: int = Field(16, gt=0)
+    calls: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0)
+    cost: float | None = Field(None, gt=0)
+    """Requests, tokens and money that the run may take at most, on each machine that asks."""
+    price_read: float = Field(0, ge=0)
+    price_written: float = Field(0, ge=0)
+    """Of a million tokens."""
+
+
+class Leaks(Closed):
+    """What a text that leaves a silo is looked through for."""
+
+    n: int = Field(8, ge=0)
+    """Words in a row that are a copy of the silo's text; 0 looks for none."""
+    action: Literal["redact", "block"] = "redact"
+    kinds: list[str] | None = None
+    """Personal data by Presidio's names; if not said the usual ones, where presidio-analyzer is installed."""
+
+
 class Recipe(Closed):
     """A whole run."""
 
@@ -119,6 +153,8 @@ class Recipe(Closed):
     federation: Federation = Federation()
     scratch: Scratch | None = None
     links: Links | None = None
+    endpoint: EndpointTable | None = None
+    leaks: Leaks = Leaks()
     algorithm: dict[str, Any] = {"name": "averaging"}
     """Local training and an average, made of the tables below, or a method of its own."""
     task: dict[str, Any] = {"name": "instruct"}
@@ -153,6 +189,8 @@ TABLES: dict[str, type[BaseModel]] = {
     "federation": Federation,
     "scratch": Scratch,
     "links": Links,
+    "endpoint": EndpointTable,
+    "leaks": Leaks,
 }
 """The closed tables of a recipe, and the whole."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from fedllm.silo.cleaning import clean
 from fedllm.silo.columns import renamed
 from fedllm.silo.database import read_query
 from fedllm.silo.docstrings import docstring_rows
+from fedllm.silo.leaks import strings
+from fedllm.silo.questions import Asking
 from fedllm.silo.sources import hold_out, read_rows
 from fedllm.silo.speeches import speech_rows
 from fedllm.silo.tasks import Task
@@ -35,6 +38,7 @@ class Shard(NamedTuple):
     test: Rows
     cleaned: Mapping[str, int] = NOTHING
     """What cleaning its rows counted."""
+    templates: Sequence[str] = ()
 
 
 NOWHERE = Shard([], [])
@@ -84,7 +88,17 @@ def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
     train = named_rows(name, files.train, files.query, files, root)
     test_query = files.test_query if files.test or files.test_query else None
     test = named_rows(name, files.test or files.train, test_query, files, root) if files.test or test_query else None
-    return split(name, train, test, recipe)
+    shard = split(name, train, test, recipe)
+    return shard._replace(templates=read_templates(root / files.templates)) if files.templates else shard
+
+
+def read_templates(path: Path) -> list[str]:
+    """Read templates out of a text file, where a line of three dashes stands between two of them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedllmError(f"The templates '{path}' cannot be read ({error}); give a text file.") from error
+    return [each for part in re.split(r"(?m)^---[ \t]*\n", text) if (each := part.strip("\n"))]
 
 
 def named_rows(name: str, source: str, query: str | None, files: SiloFiles, root: Path) -> Rows:
@@ -127,8 +141,9 @@ def counted(counts: Mapping[str, int]) -> str:
 class Silos:
     """The silos of a run: examples are made when a silo is first asked and kept for the next round."""
 
-    def __init__(self, shards: dict[str, Shard], task: Task) -> None:
-        self.shards, self.task = shards, task
+    def __init__(self, shards: dict[str, Shard], task: Task, asking: Asking | None = None) -> None:
+        """Hold shards; with `asking` a silo also has its rows as `questions`, `tests` and, word for word, `texts`."""
+        self.shards, self.task, self.asking = shards, task, asking
         self.names = list(shards)
         self.skipped: dict[str, int] = {}
         self._examples = lru_cache(maxsize=256)(self._make)
@@ -153,7 +168,18 @@ class Silos:
                     "task.max_tokens or had nothing to score; raise it or give other text."
                 )
         self.skipped[name] = train.skipped + test.skipped
-        return {"train": train.examples, "test": test.examples}
+        return {"train": train.examples, "test": test.examples, **self._questions(name)}
+
+    def _questions(self, name: str) -> Dataset:
+        if self.asking is None:
+            return {}
+        shard = self.shards[name]
+        return {
+            "questions": self.asking.read(shard.train, f"silos.{name}"),
+            "tests": self.asking.read(shard.test, f"silos.{name} (held out)"),
+            "templates": shard.templates,
+            "texts": [text for rows in (shard.train, shard.test) for row in rows for text in strings(row)],
+        }
 
     def pooled(self) -> Dataset:
         """Return all silos' examples in one place."""

@@ -25,10 +25,10 @@ from fedllm.app.data import anchored, counted
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
-from fedllm.app.results import mean, write_metrics
+from fedllm.app.results import write_metrics
 from fedllm.app.scores import check_files, score_files
 from fedllm.app.scratch import start
-from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round
+from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round, said
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import State, Tensors
 from fedllm.runtime.store import (
@@ -102,6 +102,8 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
     for name, shard in silos.shards.items():
         if shard.cleaned:
             ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
+    if parts.endpoint:
+        ui.say(parts.endpoint.check())
     ui.say(f"{parts.plan.parameters:,} parameters trained ({parts.trainable.name}), {computed(parts)}")
     return parts
 
@@ -142,6 +144,8 @@ def resumable(folder: Path) -> Iterator[None]:
 def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> None:
     """Do what is not done yet, with the nodes of this machine or with those `elsewhere`."""
     recipe, memory = parts.recipe, dict[str, Tensors]()
+    if parts.endpoint:
+        parts.endpoint.purse.keep(folder / "spent.json")
     nodes = elsewhere or here(parts, memory, ui)
     state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
@@ -160,7 +164,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
             losses = held_out_losses(parts, nodes.exchange, start_of(parts), base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
-        ui.say(f"base model: held-out loss {mean(losses.get('loss', {})):.3f}")
+        ui.say(f"base model: {said(losses)}")
     stored = 0.0
     while state.round < recipe.rounds:
         state, stored = one_round(folder, parts, state, nodes, ui, stored)

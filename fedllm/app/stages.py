@@ -129,6 +129,15 @@ def held_out_losses(
     return found
 
 
+def said(found: Mapping[str, Mapping[str, float]], name: str | None = None) -> str:
+    """Say the held-out loss, or the accuracy where there is no loss: of one silo, or the mean over all."""
+    for key, form in (("loss", "held-out loss {:.3f}"), ("accuracy", "accuracy {:.1%}")):
+        values = found.get(key, {})
+        if name in values or (name is None and values):
+            return form.format(values[name] if name is not None else sum(values.values()) / len(values))
+    return "nothing held out could be measured"
+
+
 def evaluation_steps(parts: Parts) -> int:
     """Return how many batches one look at the held-out text takes."""
     size = parts.recipe.evaluate.batch_size
@@ -151,8 +160,7 @@ def tell(report: Report) -> dict[str, Any]:
 
 def round_line(event: Mapping[str, Any], rounds: int) -> str:
     """Say a round in one line."""
-    losses = event.get("loss", {})
-    loss = f", held-out loss {sum(losses.values()) / len(losses):.3f}" if losses else ""
+    loss = f", {said(event)}" if event.get("loss") or event.get("accuracy") else ""
     dropped = f", dropped {', '.join(event['dropped'])}" if event["dropped"] else ""
     speed = event["tokens"] / max(1e-9, event["seconds"]["train"])
     return (

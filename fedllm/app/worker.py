@@ -61,7 +61,7 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
 
     recipe = Path(asked["run"], "recipe.json").read_text(encoding="utf-8")
     if held is None or held.recipe != recipe:
-        held = Held(recipe, opened(json.loads(recipe)), asked["site"])
+        held = Held(recipe, opened(json.loads(recipe), Path(asked["run"])), asked["site"])
     head = asked["head"]
     tensors, _ = load_message(Path(asked["request"]))
     request = Request(head["client"], head["round"], head["op"], tensors, head["scalars"])
@@ -75,7 +75,7 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     return held
 
 
-def opened(asked: Mapping[str, Any]) -> Any:
+def opened(asked: Mapping[str, Any], run: Path) -> Any:
     """Build a run's parts for this site: the recipe as it came, this site's own text, model folder and threads."""
     from fedllm.app.build import build
     from fedllm.app.site import own_recipe
@@ -88,7 +88,11 @@ def opened(asked: Mapping[str, Any]) -> Any:
             f"This site's weights of the base model ({ours[:12]}) are not those of the server "
             f"({asked['model_sha256'][:12]}); get the same model on both sides."
         )
-    return build(recipe)
+    parts = build(recipe)
+    if parts.endpoint:
+        parts.endpoint.check()
+        parts.endpoint.purse.keep(run / "spent.json")
+    return parts
 
 
 def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], None]) -> tuple[Reply, Tensors]:

@@ -23,9 +23,6 @@ from fedllm.silo.scoring import Scored
 from fedllm.silo.speaker import Speaker, Writing
 from fedllm.silo.templates import Turn
 
-ENDPOINT = "endpoint"
-"""What a recipe writes as its `model` where the model is behind an API."""
-
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between two tries: the first, twice as long each time; and the most, whatever the endpoint asks for."""
 

@@ -11,7 +11,8 @@ import torch
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.evaluation.choice import multiple_choice
-from fedllm.evaluation.exact import exact_match, last_number, matches
+from fedllm.evaluation.exact import exact_match
+from fedllm.silo.answers import last_number, matches
 from fedllm.evaluation.generate import chat_once, complete
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.examples import collate
