@@ -10,22 +10,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fedllm.app.catalog import make
+from fedllm.algorithms.method import Ground, Method
+from fedllm.app.catalog import CATALOG, SEND_PROMPTS, make
 from fedllm.app.config import Recipe
 from fedllm.app.data import Silos, open_shards
 from fedllm.app.rows import NOWHERE
+from fedllm.app.voices import (
+    REMEDY,
+    NoWeights,
+    endpoint_of,
+    guard_note,
+    guard_of,
+    nothing,
+    rows_of,
+    speaker_for,
+    words_task,
+)
 from fedllm.core.errors import FedllmError
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
+from fedllm.core.types import Algorithm, Client, Dataset, Select, Silo, State, Tensors, Transform, Work
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
+from fedllm.silo.endpoint import Endpoint
 from fedllm.silo.evaluate import held_out
-from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
+from fedllm.silo.models import ENDPOINT, empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
+from fedllm.silo.questions import Asking, asking
+from fedllm.silo.speaker import Speaker
 from fedllm.silo.streams import Blocks
 from fedllm.silo.tasks import Task
 from fedllm.silo.trainables import Trainable, parameters
@@ -55,10 +70,22 @@ class Parts(NamedTuple):
     """The network that rounds are reckoned over, if the recipe has one."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
+    method: Method | None = None
+    """What the recipe's algorithm is where it is more than local training and an average."""
+    endpoint: Endpoint | None = None
+    """Where the model is behind an API."""
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
         return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+
+    def steps(self, data: Dataset) -> int:
+        """Return how often a client with this data ticks in a round."""
+        return self.method.steps(data) if self.method else self.work().steps(data)
+
+    def shown(self, state: State) -> Tensors:
+        """Return what of a server's state is evaluated and exported."""
+        return self.method.shown(state) if self.method else state.params
 
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
@@ -78,47 +105,101 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
-    tokenizer = load_tokenizer(recipe.model)
-    task = make("task", recipe.task, tokenizer)
-    trainable = make("trainable", recipe.trainable)
-    silos = Silos(
-        {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task, recipe.evaluate.examples
-    )
+    endpoint = endpoint_of(recipe)
+    asked = asking(recipe.task) if CATALOG["algorithm"].get(recipe.algorithm["name"]) in SEND_PROMPTS else None
+    tokenizer = None if endpoint else load_tokenizer(recipe.model)
+    task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
+    trainable = nothing() if endpoint or asked else make("trainable", recipe.trainable)
+    shards = {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe)
+    silos = Silos(shards, task, recipe.evaluate.examples, asked)
     if not elsewhere:
         silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
 
     # Weights that are trained stay in float32, whatever type they are computed in.
     kept = dtype if trainable.adapter else torch.float32
-    if weights:
+    base: nn.Module
+    if endpoint:
+        base = NoWeights()
+    elif weights:
         base = load_model(recipe.model, device, kept, row_tokens(recipe), recipe.gradient_checkpointing)
     else:
         base = empty_model(recipe.model, kept)
     model = trainable.attach(base, recipe.seed)
-    objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
+    autocast = None if trainable.adapter or dtype == torch.float32 else dtype
+    objective = causal_loss(autocast)
     params: Tensors = parameters(model)
     if device.type == "mps":
         params = {name: value.cpu() for name, value in params.items()}
 
+    transforms = [make("transforms", part) for part in recipe.transforms]
+    speaker = speaker_for(endpoint, tokenizer, objective, recipe.evaluate.batch_size)
+    method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms, asked, speaker)
+    if method:
+        params = method.start
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
-    work = make_work(recipe, objective, tokenizer)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
-    algorithm = averaging(
-        work=work,
-        select=select,
-        aggregate=make("aggregate", recipe.aggregate),
-        optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
-        share=make("share", recipe.share, rounds=recipe.rounds),
-        transforms=[make("transforms", part) for part in recipe.transforms],
-        probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
+    algorithm = (
+        method.algorithm(select)
+        if method
+        else averaging(
+            work=make_work(recipe, objective, tokenizer),
+            select=select,
+            aggregate=make("aggregate", recipe.aggregate),
+            optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
+            share=make("share", recipe.share, rounds=recipe.rounds),
+            transforms=transforms,
+            probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
+        )
     )
-    evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
+    rows = recipe.evaluate.batch_size
+    evaluator = (
+        method.evaluator
+        if method
+        else held_out(objective, task, tokenizer, trainable, batch_size=rows, autocast=autocast)
+    )
     fitting = plan(algorithm, params)
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, width,
+        evaluator, fitting, sample(silos.names, recipe), links, width, method, endpoint,
     )  # fmt: skip
+
+
+def make_method(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    trainable: Trainable,
+    objective: Objective,
+    names: Sequence[str],
+    transforms: Sequence[Transform],
+    asked: Asking | None,
+    speaker: Callable[[Silo], Speaker],
+) -> Method | None:
+    """Return the method that a recipe's algorithm names, or None for local training and an average."""
+    if recipe.algorithm["name"] == "averaging":
+        if odd := sorted(recipe.algorithm.keys() - {"name"}):
+            raise FedllmError(
+                f"algorithm.{odd[0]} is not a setting of 'averaging', whose parts are tables of their own, such as "
+                "[client] and [optimiser]."
+            )
+        return None
+    fixed = Recipe.__pydantic_fields__
+    for kind in ("client", "share", "optimiser"):
+        if (name := getattr(recipe, kind)["name"]) != fixed[kind].default["name"]:
+            raise FedllmError(f"algorithm '{recipe.algorithm['name']}' has no {kind} '{name}'; take [{kind}] out.")
+    aggregate = make("aggregate", recipe.aggregate)
+    size = recipe.evaluate.batch_size
+    ground = Ground(
+        names, recipe.rounds, recipe.seed, model, tokenizer, task, trainable, objective, aggregate, transforms, size,
+        asked, speaker, guard_of(recipe), rows_of(recipe),
+    )  # fmt: skip
+    method: Method = make("algorithm", recipe.algorithm, ground)
+    if recipe.model == ENDPOINT and method.weights:
+        raise FedllmError(f"algorithm '{method.name}' needs the model's weights, which an API does not give; {REMEDY}.")
+    return method._replace(notes=[*method.notes, ("leaks", guard_note(recipe))]) if asked else method
 
 
 def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:

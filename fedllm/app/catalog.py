@@ -12,13 +12,21 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fedllm.algorithms import chains, exemplars, self_consistency, templates
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
-from fedllm.core.round import everything
+from fedllm.core.round import averaging, everything
 from fedllm.exchange import cast, clip, dct, deltas, fragments, quantise, select, top_k
 from fedllm.silo import cleaning, dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
+    "algorithm": {
+        "averaging": averaging,
+        "exemplars": exemplars.exemplars,
+        "fed_dp_cot": chains.fed_dp_cot,
+        "fed_sp_sc": self_consistency.fed_sp_sc,
+        "templates": templates.templates,
+    },
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
     "trainable": {
         "full": trainables.full,
@@ -64,6 +72,12 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "quantity": partition.quantity,
     },
 }
+
+SEND_PROMPTS = (chains.fed_dp_cot, exemplars.exemplars, self_consistency.fed_sp_sc, templates.templates)
+"""Algorithms that ask a model and learn nothing inside it."""
+
+SERVER_FILES = ("pool", "public")
+"""Settings of algorithms that name a file which only the server reads."""
 
 
 def make(kind: str, part: Mapping[str, Any], *bound: Any, **offered: Any) -> Any:

@@ -102,6 +102,27 @@ def chat(
 
 
 @app.command()
+def serve(
+    target: Annotated[Path, typer.Argument(help="A run, an adapter folder or a model folder.", show_default=False)],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; by default only this machine can reach it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    key: Annotated[
+        str | None,
+        typer.Option(help="A token that every request must bring.", envvar="FEDLLM_SERVE_KEY", show_default=False),
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come back.", min=0)] = 16,
+    base: Annotated[bool, typer.Option("--base", help="Serve the model as it was before.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto; by default the run's.")] = None,
+) -> None:
+    """Serve a result to programs that speak OpenAI's protocol: chats, completions, log-probabilities."""
+    from fedllm.app.serve import serve as listen
+
+    listen(target, out, host=host, port=port, key=key, queue=queue, base=base, dtype=dtype)
+
+
+@app.command()
 def export(
     folder: RunFolder,
     to: Annotated[Path | None, typer.Option(help="Where to write; by default inside the run's folder.")] = None,

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.algorithms.baselines import alone, budget
+from fedllm.algorithms.method import Method, only, rounds_of
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
 from fedllm.app.scores import general_losses
-from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, training_exchange
+from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, said, training_exchange
 from fedllm.core.seeds import derive
-from fedllm.core.types import Request, Silo
+from fedllm.core.types import Request, Silo, Tensors
 from fedllm.runtime.local import local
 from fedllm.runtime.store import append_event, read_events
 from fedllm.silo.examples import Together
@@ -56,21 +57,33 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
 
 def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]:
     """Train one silo alone for as many steps as it took in so many rounds, and look at what it learned."""
-    begun, steps = time.perf_counter(), rounds * parts.work().steps(parts.silos.examples(name))
-    work = parts.work(steps=steps, epochs=None)
+    begun, steps = time.perf_counter(), rounds * parts.steps(parts.silos.examples(name))
     with ui.part("alone", steps, counts=True):
-        ((_, params),) = alone(training_exchange(parts, work._replace(cohort=None), {}, ui), parts.params, [name])
+        if parts.method:
+            params = by_method(parts.method, parts.open_silo(ui.tick)(name), rounds)
+        else:
+            work = parts.work(steps=steps, epochs=None)._replace(cohort=None)
+            ((_, params),) = alone(training_exchange(parts, work, {}, ui), parts.params, [name])
     with ui.part("held-out loss", None):
         where = parts.looked if len(parts.silos.names) <= EVERYWHERE else [name]
         losses = held_out_losses(parts, looking(parts, ui), params, names=where)
-    ui.say(f"{name} alone: held-out loss {losses['loss'][name]:.3f} on its own text")
+    ui.say(f"{name} alone: {said(losses, name)} on its own text")
     return {**losses, "seconds": time.perf_counter() - begun}
+
+
+def by_method(method: Method, silo: Silo, rounds: int) -> Tensors:
+    """Return what a method learns in so many rounds from one silo alone."""
+    algorithm = method.algorithm(only(silo.name))
+    learned = method.shown(algorithm.init(method.start))
+    for state, _ in rounds_of(method, only(silo.name), local(algorithm.client, lambda name: silo, {}), rounds):
+        learned = method.shown(state)
+    return learned
 
 
 def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, Any]:
     """Train on all text in one place, on as much of it as all silos read, and look at what was learned."""
     begun, silos = time.perf_counter(), parts.silos
-    each = {name: count * parts.work().steps(silos.examples(name)) for name, count in rounds.items()}
+    each = {name: count * parts.steps(silos.examples(name)) for name, count in rounds.items()}
     steps, changes = sum(each.values()), dict[str, Any]()
     seed, rows = parts.recipe.seed, int(parts.recipe.client.get("batch_size", 8))
     data: dict[str, Any] = {**silos.pooled()}
@@ -82,9 +95,12 @@ def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, 
         data["train"] = Together([(silos.examples(name)["train"], order) for name, order in orders.items()], rows)
         steps, changes = round(steps / len(each)), {"batch_size": rows * len(each), "micro_batch": rows}
     everything = Silo(POOLED, parts.model, data, {}, derive(seed, "silo", POOLED), ui.tick)
-    work = parts.work(steps=steps, epochs=None, **changes)
     with ui.part("pooled", steps, counts=True):
-        ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
+        if parts.method:
+            params = by_method(parts.method, everything, parts.recipe.rounds)
+        else:
+            work = parts.work(steps=steps, epochs=None, **changes)
+            ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
     with ui.part("held-out loss", evaluation_steps(parts)):
         losses = held_out_losses(parts, looking(parts, ui), params)
         losses |= general_losses(parts, params, ui.tick)

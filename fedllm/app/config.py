@@ -32,6 +32,8 @@ class SiloFiles(Closed):
     test_query: str | None = None
     columns: dict[str, str] = {}
     """The task's name of a column -> this silo's own."""
+    templates: str | None = None
+    """Prompt templates that this silo adds to a library: a text file, templates apart by a line of three dashes."""
 
 
 class Data(Closed):
@@ -125,6 +127,38 @@ class Federation(Closed):
     """Sites that send or fetch at the same time; all work at the same time."""
 
 
+class EndpointTable(Closed):
+    """A model behind an API, where `model` is "endpoint"."""
+
+    url: str = Field(pattern="^https?://[^/]+")
+    """Up to and with /v1."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    key_env: str | None = Field(None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    """The environment variable that has the key; the key itself stands in no recipe and no run."""
+    timeout: float = Field(60, gt=0)
+    tries: int = Field(5, gt=0)
+    parallel: int = Field(4, gt=0)
+    batch: int = Field(16, gt=0)
+    calls: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0)
+    cost: float | None = Field(None, gt=0)
+    """Requests, tokens and money that the run may take at most, on each machine that asks."""
+    price_read: float = Field(0, ge=0)
+    price_written: float = Field(0, ge=0)
+    """Of a million tokens."""
+
+
+class Leaks(Closed):
+    """What a text that leaves a silo is looked through for."""
+
+    n: int = Field(8, ge=0)
+    """Words in a row that are a copy of the silo's text; 0 looks for none."""
+    action: Literal["redact", "block"] = "redact"
+    kinds: list[str] | None = None
+    """Personal data by Presidio's names; if not said the usual ones, where presidio-analyzer is installed."""
+
+
 class Recipe(Closed):
     """A whole run."""
 
@@ -145,6 +179,10 @@ class Recipe(Closed):
     scratch: Scratch | None = None
     links: Links | None = None
     duplicates: Duplicates | None = None
+    endpoint: EndpointTable | None = None
+    leaks: Leaks = Leaks()
+    algorithm: dict[str, Any] = {"name": "averaging"}
+    """Local training and an average, made of the tables below, or a method of its own."""
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -183,6 +221,8 @@ TABLES: dict[str, type[BaseModel]] = {
     "scratch": Scratch,
     "links": Links,
     "duplicates": Duplicates,
+    "endpoint": EndpointTable,
+    "leaks": Leaks,
 }
 """The closed tables of a recipe, and the whole."""
 
@@ -197,7 +237,7 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, settings: Seque
     table = dict(source) if isinstance(source, Mapping) else read_toml(Path(source))
     for setting in settings:
         table = with_setting(table, setting)
-    for kind in ("task", "trainable", "select", "share", "aggregate", "optimiser", "partition"):
+    for kind in ("algorithm", "task", "trainable", "select", "share", "aggregate", "optimiser", "partition"):
         if isinstance(table.get(kind), str):
             table[kind] = {"name": table[kind]}
         if isinstance(table.get(kind), Mapping) and "name" not in table[kind]:

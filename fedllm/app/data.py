@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
@@ -15,6 +16,8 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Dataset
 from fedllm.silo.cleaning import cleaned
 from fedllm.silo.examples import Joined, spread
+from fedllm.silo.leaks import strings
+from fedllm.silo.questions import Asking
 from fedllm.silo.readers import Row
 from fedllm.silo.sources import hold_out
 from fedllm.silo.spooled import spooled
@@ -62,7 +65,17 @@ def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
     test = None
     if files.test or test_query:
         test = some(rows(files.test or files.train, test_query), files.test or files.train, counts)
-    return split(name, rows(files.train, files.query), test, recipe, counts)
+    shard = split(name, rows(files.train, files.query), test, recipe, counts)
+    return shard._replace(templates=read_templates(root / files.templates)) if files.templates else shard
+
+
+def read_templates(path: Path) -> list[str]:
+    """Read templates out of a text file, where a line of three dashes stands between two of them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedllmError(f"The templates '{path}' cannot be read ({error}); give a text file.") from error
+    return [each for part in re.split(r"(?m)^---[ \t]*\n", text) if (each := part.strip("\n"))]
 
 
 def split(name: str, rows: Iterable[Row], test: Rows | None, recipe: Recipe, counts: Counter[str]) -> Shard:
@@ -86,9 +99,12 @@ def split(name: str, rows: Iterable[Row], test: Rows | None, recipe: Recipe, cou
 class Silos:
     """The silos of a run: examples are made when a silo is first asked and kept for the next round."""
 
-    def __init__(self, shards: dict[str, Shard], task: Task, tested: int = 0) -> None:
-        """Take the silos' rows; of their held-out examples at most `tested` are used (0: all)."""
-        self.shards, self.task, self.tested = shards, task, tested
+    def __init__(self, shards: dict[str, Shard], task: Task, tested: int = 0, asking: Asking | None = None) -> None:
+        """Take the silos' rows; of their held-out examples at most `tested` are used (0: all).
+
+        With `asking` a silo also has its rows as `questions`, `tests` and, word for word, `texts`.
+        """
+        self.shards, self.task, self.tested, self.asking = shards, task, tested, asking
         self.names = list(shards)
         self.skipped: dict[str, int] = {}
         self._examples = lru_cache(maxsize=256)(self._make)
@@ -119,7 +135,18 @@ class Silos:
                 )
         self.skipped[name] = train.skipped + test.skipped
         held_out = spread(test.examples, self.tested) if self.tested else test.examples
-        return {"train": train.examples, "test": held_out}
+        return {"train": train.examples, "test": held_out, **self._questions(name)}
+
+    def _questions(self, name: str) -> Dataset:
+        if self.asking is None:
+            return {}
+        shard = self.shards[name]
+        return {
+            "questions": self.asking.read(shard.train, f"silos.{name}"),
+            "tests": self.asking.read(shard.test, f"silos.{name} (held out)"),
+            "templates": shard.templates,
+            "texts": [text for rows in (shard.train, shard.test) for row in rows for text in strings(row)],
+        }
 
     def pooled(self) -> Dataset:
         """Return all silos' examples in one place."""

@@ -67,7 +67,7 @@ def question(recipe: Recipe, run: str, user: str) -> dict[str, Any]:
     return {
         "run": run,
         "recipe": asked_of_sites(recipe),
-        "algorithm": ["averaging"],
+        "algorithm": [recipe.algorithm["name"]],
         "fedllm": fedllm.__version__,
         "model_sha256": weights_sha256(recipe.model),
         "user": user,
@@ -124,6 +124,8 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
     wire = parts.algorithm.wire(parts.params)
     update = message_bytes(wire, {"names": list(wire)}) + ANSWER_BYTES
 
+    learning = parts.method.ops if parts.method else ("train",)
+
     def note(name: str, sentence: str) -> None:
         why[name] = sentence
         live.say(f"{name}: {sentence}")
@@ -134,7 +136,9 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
         return told
 
     def largest(request: Request) -> int:
-        return {"train": update, "fingerprints": FINGERPRINT_BYTES}.get(request.op, ANSWER_BYTES)
+        if request.op in learning:
+            return update
+        return FINGERPRINT_BYTES if request.op == "fingerprints" else ANSWER_BYTES
 
     exchange = remote(
         line,

@@ -43,11 +43,15 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     yield ""
     away = not any(shard.train for shard in parts.silos.shards.values())
     runtime = f"cohort, {parts.width} clients as one batch" if parts.width > 1 else "local, one client after another"
-    yield f"trained      {plan.parameters:,} parameters ({plan.parameters / total:.2%}), {parts.trainable.name}"
+    yield f"trained      {plan.parameters:,} parameters ({plan.parameters / max(1, total):.2%}), {parts.trainable.name}"
     yield f"on the wire  {amount(plan.bytes_down)} down, {amount(plan.bytes_up)} up, a client and round"
     if away:
         runtime = "federation, each site on its own machine; the server's part"
     yield f"runs as      {runtime}, on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}"
+    for word, sentence in parts.method.notes if parts.method else ():
+        yield f"{word:<12} {sentence}"
+    if not total:
+        return
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
     yield "privacy      none is claimed: no noise is added, and " + (
         "the server sees each silo's update" if plan.steps[-1].facts.sees == "each" else "only sums are seen"

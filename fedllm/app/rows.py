@@ -34,6 +34,7 @@ class Shard(NamedTuple):
     test: Rows
     cleaned: Mapping[str, int] = NOTHING
     """What cleaning its rows counted."""
+    templates: Sequence[str] = ()
 
 
 NOWHERE = Shard([], [])

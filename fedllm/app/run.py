@@ -25,11 +25,11 @@ from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
-from fedllm.app.results import mean, write_metrics
+from fedllm.app.results import write_metrics
 from fedllm.app.rows import counted
 from fedllm.app.scores import check_files, general_losses, score_files
 from fedllm.app.scratch import start
-from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round
+from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round, said
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import State, Tensors
 from fedllm.runtime.store import (
@@ -104,6 +104,8 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
     for name, shard in silos.shards.items():
         if shard.cleaned:
             ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
+    if parts.endpoint:
+        ui.say(parts.endpoint.check())
     ui.say(f"{parts.plan.parameters:,} parameters trained ({parts.trainable.name}), {computed(parts)}")
     return parts
 
@@ -144,6 +146,8 @@ def resumable(folder: Path) -> Iterator[None]:
 def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> None:
     """Do what is not done yet, with the nodes of this machine or with those `elsewhere`."""
     recipe, memory = parts.recipe, dict[str, Tensors]()
+    if parts.endpoint:
+        parts.endpoint.purse.keep(folder / "spent.json")
     nodes = elsewhere or here(parts, memory, ui)
     state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
@@ -159,11 +163,11 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if "base" not in done:
         begun = time.perf_counter()
         with ui.part("base model", evaluation_steps(parts)):
-            losses = held_out_losses(parts, nodes.exchange, parts.params, base=True)
-            losses |= general_losses(parts, parts.params, ui.tick, base=True)
+            losses = held_out_losses(parts, nodes.exchange, start_of(parts), base=True)
+            losses |= general_losses(parts, start_of(parts), ui.tick, base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
-        ui.say(f"base model: held-out loss {mean(losses.get('loss', {})):.3f}")
+        ui.say(f"base model: {said(losses)}")
     stored = 0.0
     while state.round < recipe.rounds:
         state, stored = one_round(folder, parts, state, nodes, ui, stored)
@@ -177,18 +181,37 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
     events = read_events(folder)
     # A resumed run may have come this far before; the result is whole if this was the last word.
     if events[-1]["event"] != "done":
-        write(trained(parts.model), state.params)
-        with ui.part("scores", None):
-            scores, general = score_files(parts, ui.tick), general_losses(parts, state.params, ui.tick)
-        target = folder / ("adapter" if parts.trainable.adapter else "model")
-        with on_disk(target):
-            export(parts.model, target)
-            parts.tokenizer.save_pretrained(target)
+        scores = put_down(folder, parts, state, ui)
+        general = general_losses(parts, parts.shown(state), ui.tick)
         seconds = sum(total_seconds(event) for event in events if event["event"] != "done")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
         append_event(folder, {"event": "done", "scores": scores, **general, "seconds": seconds, "peak_mb": round(peak)})
     write_metrics(folder)
     write_report(folder)
+
+
+def put_down(folder: Path, parts: Parts, state: State, ui: Ui) -> dict[str, Any]:
+    """Write what was learned into a folder of the run, and return its scores on the recipe's files."""
+    target = folder / ("adapter" if parts.trainable.adapter else "model")
+    if parts.method:
+        target = folder / parts.method.folder
+        with on_disk(target):
+            parts.method.export(parts.model, parts.shown(state), target)
+    else:
+        write(trained(parts.model), state.params)
+    scores = score_files(parts, ui.tick)
+    if not parts.method:
+        with on_disk(target):
+            export(parts.model, target)
+    if target.name != "prompt":
+        with on_disk(target):
+            parts.tokenizer.save_pretrained(target)
+    return scores
+
+
+def start_of(parts: Parts) -> Tensors:
+    """Return what is evaluated before the first round."""
+    return parts.shown(parts.algorithm.init(parts.params))
 
 
 def runtime(parts: Parts) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedllm.app.catalog import CATALOG
+from fedllm.app.catalog import CATALOG, SERVER_FILES
 from fedllm.app.config import Recipe, SiloFiles, read_recipe
 from fedllm.core.errors import FedllmError
 from fedllm.federation.policy import Site, read_site
@@ -53,7 +53,9 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
     site = read_site(site_toml, known())
     here = site_toml.absolute().parent
     model = site.models.get(asked.get("model", ""))
+    algorithm = {key: "" if key in SERVER_FILES else value for key, value in asked.get("algorithm", {}).items()}
     own = {
+        "algorithm": algorithm or {"name": "averaging"},
         "silos": {site.name: text_of(site, site_toml)},
         "partition": None,
         "select": {"name": "everyone"},
@@ -62,6 +64,13 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         "model": str(here / Path(model.path).expanduser()) if model and model.path else asked["model"],
     }
     recipe = read_recipe(asked).model_copy(update=own)
+    if recipe.endpoint:
+        # Where its text goes is the site's to say, whatever the recipe says.
+        url = model.url if model else None
+        if not url:
+            raise FedllmError(f'{site_toml} names no API: add "endpoint" = {{ url = "https://..." }} under [models].')
+        own_endpoint = recipe.endpoint.model_copy(update={"url": url, "key_env": model.key_env if model else None})
+        recipe = recipe.model_copy(update={"endpoint": own_endpoint})
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(here)})})
 
 

@@ -35,10 +35,11 @@ class Nodes(NamedTuple):
 def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
+    asked = dict.fromkeys(parts.method.ops if parts.method else ("train",), train)
     shards, skipped = parts.silos.shards, parts.silos.skipped
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in shards.items()}
     counts = {name: with_skipped(s.cleaned, skipped.get(name, 0)) for name, s in shards.items()}
-    return Nodes(by_op({"train": train, "evaluate": looking(parts, ui)}), memory, held, counts)
+    return Nodes(by_op({**asked, "evaluate": looking(parts, ui)}), memory, held, counts)
 
 
 def with_skipped(cleaned: Mapping[str, int], skipped: int) -> dict[str, int]:
@@ -60,7 +61,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     recipe, traffic, clock = parts.recipe, Traffic(), time.perf_counter
     asked = list(parts.select(state.round))
     known = len(asked) <= 64 and all(parts.silos.shards[name].train for name in asked)
-    steps = sum(parts.work().steps(parts.silos.examples(name)) for name in asked) if known else None
+    steps = sum(parts.steps(parts.silos.examples(name)) for name in asked) if known else None
     begun = clock()
     with ui.part(f"round {state.round + 1}", steps, counts=True):
         after, report = parts.algorithm.server(state, metered(nodes.exchange, traffic))
@@ -70,7 +71,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     looked, losses = clock(), dict[str, dict[str, float]]()
     if after.round % recipe.evaluate.every == 0 or after.round == recipe.rounds:
         with ui.part("held-out loss", evaluation_steps(parts)):
-            losses = held_out_losses(parts, nodes.exchange, after.params, after.round)
+            losses = held_out_losses(parts, nodes.exchange, parts.shown(after), after.round)
     event = {
         "event": "round",
         "round": after.round,
@@ -99,7 +100,7 @@ def over_links(parts: Parts, traffic: Traffic, report: Report) -> dict[str, floa
     tokens = {name: float(report.get(f"tokens.{name}", 0.0)) for name in traffic.each}
     whole = sum(tokens.values()) or 1.0
     loads = {name: Load(up, down, traffic.seconds * tokens[name] / whole) for name, (down, up) in traffic.each.items()}
-    steps = max(parts.work().steps(parts.silos.examples(name)) for name in loads)
+    steps = max(parts.steps(parts.silos.examples(name)) for name in loads)
     overlap = bool(parts.recipe.links and parts.recipe.links.overlap)
     return {
         "simulated_seconds": round_seconds(parts.links, loads, overlap),
@@ -139,6 +140,15 @@ def held_out_losses(
     return found
 
 
+def said(found: Mapping[str, Mapping[str, float]], name: str | None = None) -> str:
+    """Say the held-out loss, or the accuracy where there is no loss: of one silo, or the mean over all."""
+    for key, form in (("loss", "held-out loss {:.3f}"), ("accuracy", "accuracy {:.1%}")):
+        values = found.get(key, {})
+        if name in values or (name is None and values):
+            return form.format(values[name] if name is not None else sum(values.values()) / len(values))
+    return "nothing held out could be measured"
+
+
 def evaluation_steps(parts: Parts) -> int:
     """Return how many batches one look at the held-out text takes."""
     size = parts.recipe.evaluate.batch_size
@@ -161,8 +171,7 @@ def tell(report: Report) -> dict[str, Any]:
 
 def round_line(event: Mapping[str, Any], rounds: int) -> str:
     """Say a round in one line."""
-    losses = event.get("loss", {})
-    loss = f", held-out loss {sum(losses.values()) / len(losses):.3f}" if losses else ""
+    loss = f", {said(event)}" if event.get("loss") or event.get("accuracy") else ""
     dropped = f", dropped {', '.join(event['dropped'])}" if event["dropped"] else ""
     speed = event["tokens"] / max(1e-9, event["seconds"]["train"])
     return (

@@ -69,7 +69,7 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     # What other sites keep is another matter in each run.
     said = recipe if '"duplicates"' not in recipe else f"{folder}\n{recipe}"
     if held is None or held.recipe != said:
-        parts = opened(json.loads(recipe))
+        parts = opened(json.loads(recipe), folder)
         held = Held(said, parts, asked["site"], parts.silos.shards[asked["site"]])
         if (folder / DROPPED).exists():
             drop(held, load_message(folder / DROPPED)[0]["drop"])
@@ -90,7 +90,7 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     return held
 
 
-def opened(asked: Mapping[str, Any]) -> Any:
+def opened(asked: Mapping[str, Any], run: Path) -> Any:
     """Build a run's parts for this site: the recipe as it came, this site's own text, model folder and threads."""
     from fedllm.app.build import build
     from fedllm.app.site import own_recipe
@@ -103,7 +103,11 @@ def opened(asked: Mapping[str, Any]) -> Any:
             f"This site's weights of the base model ({ours[:12]}) are not those of the server "
             f"({asked['model_sha256'][:12]}); get the same model on both sides."
         )
-    return build(recipe)
+    parts = build(recipe)
+    if parts.endpoint:
+        parts.endpoint.check()
+        parts.endpoint.purse.keep(run / "spent.json")
+    return parts
 
 
 def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], None]) -> tuple[Reply, Tensors]:
@@ -117,7 +121,7 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
         return Reply(name, request.round, {}, 1.0, counts), {}
     if request.op in ("fingerprints", "drop"):
         return compared(held, request)
-    if request.op == "train":
+    if request.op in (parts.method.ops if parts.method else ("train",)):
         return parts.algorithm.client(request, silo)
     if request.op == "evaluate":
         return parts.evaluator(request, silo)
@@ -152,8 +156,13 @@ def drop(held: Held, drop_N2: Any) -> None:
 
 def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
     """Train alone for as many steps as in so many rounds, and look at the own held-out text; no tensors leave."""
+    from fedllm.app.compare import by_method
     from fedllm.core.tensors import subtract
 
+    if parts.method:
+        found = by_method(parts.method, silo, int(request.scalars["rounds"]))
+        asked = Request(request.client, 0, "evaluate", found, {"base": 0.0})
+        return parts.evaluator(asked, silo)[0]._replace(round=request.round, tensors={}), {}
     steps = int(request.scalars["rounds"]) * parts.work().steps(silo.data)
     learned, _ = parts.work(steps=steps, epochs=None).client(request, silo)
     asked = Request(request.client, 0, "evaluate", subtract(request.tensors, learned.tensors), {"base": 0.0})
@@ -166,7 +175,7 @@ def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
     begun = told = time.perf_counter()
     step, tokens = 0, 0
     data = parts.silos.examples(parts.silos.names[0])
-    per_round = parts.work().steps(data)
+    per_round = parts.steps(data)
     steps = {"train": per_round, "alone": per_round * int(request.scalars.get("rounds", 1))}.get(request.op, 0)
 
     def tick(count: int) -> None:

@@ -25,6 +25,7 @@ def complete(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
     tick: Callable[[int], None] = ignore,
@@ -36,7 +37,7 @@ def complete(
     """
     asked = [prompt_ids(tokenizer, turns) for turns in conversations]
     written = [""] * len(asked)
-    settings = how(model, tokenizer, max_new_tokens, temperature)
+    settings = how(model, tokenizer, max_new_tokens, temperature, top_p)
     for places in batches([len(ids) for ids in asked], batch_size, padded=not has_soft_prompt(model)):
         rows = [asked[place] for place in places]
         new_BT = write(model, rows, settings, derive(seed, "complete", places[0]))
@@ -128,13 +129,13 @@ def has_soft_prompt(model: nn.Module) -> bool:
     return bool(config is not None and config.is_prompt_learning)
 
 
-def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
+def how(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float = 1.0) -> Any:
     """Return the settings of a generation, which ends at the tokenizer's end token and at the model's own."""
     from transformers import GenerationConfig
 
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

@@ -16,7 +16,10 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 SHA256 = r"[0-9a-f]{64}"
 
-METRICS = ("train_loss", "loss", "accuracy", "tokens", "scored", "train", "test", "skipped", "cleaned")
+METRICS = (
+    "train_loss", "loss", "accuracy", "tokens", "scored", "train", "test", "skipped", "cleaned", "copied", "personal",
+    "withheld",
+)  # fmt: skip
 """Scalars that may leave a site that says nothing about them: means and counts over its text."""
 
 Known = Mapping[str, Collection[str]]
@@ -41,6 +44,8 @@ class SiteData(Closed):
     query: str | None = None
     columns: dict[str, str] = {}
     """The recipe's name of a column -> its name here."""
+    templates: str | None = None
+    """Prompt templates that the site adds to a library."""
 
 
 class Base(Closed):
@@ -48,6 +53,10 @@ class Base(Closed):
 
     path: str | None = None
     sha256: Hash | None = None
+    url: str | None = None
+    """Of the base "endpoint": the API that the site sends its text to; a recipe's own is never used."""
+    key_env: str | None = None
+    """The environment variable that has its key."""
 
 
 class Policy(Closed):

@@ -184,6 +184,12 @@ def by_facts(site: Site, asked: Asked, known: Known) -> Iterator[Refusal]:
         yield Refusal(
             "models", f"{name} allows the models {listed(site.models)}; this recipe has {shown(asked.model)}."
         )
+    if asked.model == "endpoint" and not (asked.model in site.models and site.models[asked.model].url):
+        yield Refusal(
+            "models",
+            f"{name} sends its text to no API; its administrator can name one that it trusts: "
+            '"endpoint" = { url = "https://..." } under [models].',
+        )
     if policy.rounds_a_run is not None and asked.rounds > policy.rounds_a_run:
         yield Refusal(
             "rounds_a_run", f"{name} allows {policy.rounds_a_run} rounds a run; this recipe has {asked.rounds}."

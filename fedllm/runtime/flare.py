@@ -31,8 +31,8 @@ from nvflare.collab.api.exceptions import RunAborted
 from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 
 from fedllm.core.errors import FedllmError, Refused
+from fedllm.runtime import pipe
 from fedllm.runtime.line import Aborted, Body, Head, Line, Unreachable, decode, encode
-from fedllm.runtime.pipe import hear, tell
 
 FOLDER, LOOP, DESK = "FEDLLM_FOLDER", "FEDLLM_LOOP", "FEDLLM_DESK"
 """The environment: the federation's folder and the run's loop at the server, the desk's socket at a site."""
@@ -106,8 +106,8 @@ class Relay:
     def over(self, desk: socket.socket, data: bytes) -> bytes:
         """Ask over this connection, and keep it if it still works."""
         try:
-            tell(desk, data)
-            answer = hear(desk, LARGEST_ANSWER)
+            pipe.tell(desk, data)
+            answer = pipe.hear(desk, LARGEST_ANSWER)
         except BaseException:
             desk.close()
             raise

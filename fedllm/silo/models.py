@@ -13,6 +13,9 @@ from fedllm.core.errors import FedllmError
 
 SMOLLM2 = "smollm2-135m-instruct"
 
+ENDPOINT = "endpoint"
+"""What a recipe writes as its `model` where the model is behind an API."""
+
 
 def model_folder(name: str) -> str:
     """Return the folder of a model that fedllm brings along, else the name itself."""
@@ -25,6 +28,8 @@ def model_folder(name: str) -> str:
 
 def weights_sha256(name: str) -> str:
     """Return one hash over a model's weight files: what two machines compare to know that they have the same base."""
+    if name == ENDPOINT:
+        return hashlib.sha256(b"behind an API").hexdigest()
     folder = Path(model_folder(name))
     if not folder.is_dir():
         import huggingface_hub
