@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fedllm.algorithms import black_box, fedbpt, text_prompt
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import averaging, everything
@@ -19,9 +20,15 @@ from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
 from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
-    "algorithm": {"averaging": averaging},
+    "algorithm": {
+        "averaging": averaging,
+        "black_box": black_box.black_box,
+        "fedbpt": fedbpt.fedbpt,
+        "text_prompt": text_prompt.text_prompt,
+    },
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
     "trainable": {
+        "none": trainables.none,
         "full": trainables.full,
         "lora": trainables.lora,
         "dora": trainables.dora,

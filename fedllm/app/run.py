@@ -102,7 +102,8 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
     for name, shard in silos.shards.items():
         if shard.cleaned:
             ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
-    ui.say(f"{parts.plan.parameters:,} parameters trained ({parts.trainable.name}), {computed(parts)}")
+    learned = parts.method.name if parts.method else f"{parts.plan.parameters:,} parameters trained"
+    ui.say(f"{learned} ({parts.trainable.name}), {computed(parts)}")
     return parts
 
 
