@@ -95,8 +95,8 @@ def text_prompt(
 
     `prompt` is where it starts. A round scores `candidates` prompts of at most `longest` tokens, `keep` of them the
     best so far and the rest new, on `examples` examples of each silo; `bonus` is how much is forgiven for having been
-    seen little. `calls` and `tokens` are the budget of all silos and rounds together; a silo that sends no reply is counted
-    as having spent its share. When it is spent, the remaining rounds ask nobody.
+    seen little. `calls` and `tokens` are the budget of all silos and rounds together; a silo that sends no reply is
+    counted as having spent its share. When it is spent, the remaining rounds ask nobody.
     """
     require_no_transforms("text_prompt", ground)
     whole = new_budget(calls, tokens)

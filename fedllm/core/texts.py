@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ def texts_in(name: str, tensors: Tensors, most: int = MOST, longest: int = LONGE
     if len(ends) > most or len(data) > longest:
         raise Refused(f"its '{name}' are {len(ends)} texts of {len(data)} bytes; {most} of {longest} are taken")
     places = [0, *ends.tolist()]
-    if places[-1] != len(data) or any(after < before for before, after in zip(places, places[1:], strict=False)):
+    if places[-1] != len(data) or any(after < before for before, after in pairwise(places)):
         raise Refused(f"its '{name}' do not end where they say")
     whole = bytes(data.tolist())
     try:
-        texts = [whole[start:end].decode("utf-8") for start, end in zip(places, places[1:], strict=False)]
+        texts = [whole[start:end].decode("utf-8") for start, end in pairwise(places)]
     except UnicodeDecodeError:
         raise Refused(f"its '{name}' are not UTF-8") from None
     if any(text != printable(text) for text in texts):

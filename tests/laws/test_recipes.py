@@ -31,7 +31,10 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     names = list(table.get("silos", {})) or ["hospital_a", "hospital_b"]
     for name in names:
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
-        rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
+        rows = [
+            {**row, "text": f"{row['prompt']}? {row['response']}.", "label": ("positive", "negative")[i % 2]}
+            for i, row in enumerate(rows)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table["silos"] = {name: f"{name}.jsonl" for name in names}
     table.pop("partition", None)
@@ -41,7 +44,10 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
         table["task"]["block"] = 16
     table["data"] = {**table.get("data", {}), "root": str(folder), "limit_test": 4}
     table |= {"model": str(model), "rounds": 2, "dtype": "float32", "device": "cpu"}
-    table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
+    if "algorithm" in table:
+        table["algorithm"]["examples"] = 2
+    else:
+        table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
     return read_recipe(table)
 
 
@@ -49,7 +55,8 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
     if recipe.scratch is None:
-        assert any("aggregate" in line for line in plan_lines(build(recipe, weights=False)))
+        last = "keep" if recipe.algorithm["name"] == "text_prompt" else "aggregate"
+        assert any(last in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
@@ -59,5 +66,7 @@ def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
         if recipe.trainable["name"] != "full"
         else ("model", "model.safetensors")
     )
+    if recipe.trainable["name"] == "none":
+        result = ("prompt", "prompt.json")
     assert run.joinpath(*result).exists()
     assert (run / "report.html").stat().st_size > 10_000
