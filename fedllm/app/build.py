@@ -137,6 +137,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms, asked, speaker)
     if method:
         params = method.start
+    elif not params:
+        raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = (

@@ -106,7 +106,8 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
             ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
     if parts.endpoint:
         ui.say(parts.endpoint.check())
-    ui.say(f"{parts.plan.parameters:,} parameters trained ({parts.trainable.name}), {computed(parts)}")
+    learned = parts.method.name if parts.method else f"{parts.plan.parameters:,} parameters trained"
+    ui.say(f"{learned} ({parts.trainable.name}), {computed(parts)}")
     return parts
 
 

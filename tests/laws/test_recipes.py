@@ -31,7 +31,10 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     names = list(table.get("silos", {})) or ["hospital_a", "hospital_b"]
     for name in names:
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
-        rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
+        rows = [
+            {**row, "text": f"{row['prompt']}? {row['response']}.", "label": ("positive", "negative")[i % 2]}
+            for i, row in enumerate(rows)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table["silos"] = {name: f"{name}.jsonl" for name in names}
     table.pop("partition", None)
@@ -44,7 +47,10 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     if "general" in table.get("evaluate", {}):
         (folder / "general.jsonl").write_text(json.dumps({"text": "The cat sat on the mat, and the dog did not."}))
         table["evaluate"] = {**table["evaluate"], "general": "general.jsonl"}
-    table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
+    if table.get("algorithm", {}).get("name") in ("black_box", "fedbpt", "text_prompt"):
+        table["algorithm"]["examples"] = 2
+    if "client" in table:
+        table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
     return read_recipe(table)
 
 
@@ -52,7 +58,8 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
     if recipe.scratch is None:
-        assert any("aggregate" in line for line in plan_lines(build(recipe, weights=False)))
+        last = "keep" if recipe.algorithm["name"] == "text_prompt" else "aggregate"
+        assert any(last in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
@@ -64,5 +71,7 @@ def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
         if recipe.trainable["name"] != "full"
         else ("model", "model.safetensors")
     )
+    if recipe.trainable["name"] == "none":
+        result = ("prompt", "prompt.json")
     assert run.joinpath(*result).exists()
     assert (run / "report.html").stat().st_size > 10_000
