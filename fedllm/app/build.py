@@ -18,11 +18,13 @@ from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
+from fedllm.exchange.availability import Presence, availability, presences
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
 from fedllm.silo.evaluate import held_out
+from fedllm.silo.fit import slowed
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
 from fedllm.silo.tasks import Task
@@ -51,12 +53,22 @@ class Parts(NamedTuple):
     """The silos whose held-out text is looked at."""
     links: Mapping[str, SiloLink]
     """The network that rounds are reckoned over, if the recipe has one."""
+    there: Mapping[str, Presence]
+    """When the silos are there, where the recipe says it."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
         return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+
+    def pace(self, name: str) -> int:
+        """Return how many steps a silo of this machine takes in a round."""
+        return slowed(self.work().steps(self.silos.examples(name)), self.there.get(name, Presence()).slow)
+
+    def present(self, number: int) -> list[str]:
+        """Return who is asked in a round, counted from 0, and is there."""
+        return [name for name in self.select(number) if self.there.get(name, Presence()).there(number + 1)]
 
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
@@ -97,6 +109,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         params = {name: value.cpu() for name, value in params.items()}
 
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
+    there = presence_of(silos.names, recipe, bool(elsewhere))
     work = make_work(recipe, objective, tokenizer)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
@@ -106,6 +119,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
         share=make("share", recipe.share, rounds=recipe.rounds),
         transforms=[make("transforms", part) for part in recipe.transforms],
+        middleware=[availability(there, derive(recipe.seed, "availability"))] if there else [],
         probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
     )
     evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
@@ -113,8 +127,20 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, width,
+        evaluator, fitting, sample(silos.names, recipe), links, there, width,
     )  # fmt: skip
+
+
+def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[str, Presence]:
+    """Return when the silos are there, if the recipe says it."""
+    if recipe.availability is None:
+        return {}
+    if elsewhere:
+        raise FedllmError(
+            "[availability] makes silos of one machine late or slow, and real sites are so by themselves; take the "
+            "table out of the recipe, or try it with `fedllm run`."
+        )
+    return presences(names, recipe.availability.drop, recipe.availability.silos, recipe.rounds)
 
 
 def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:

@@ -25,7 +25,7 @@ EVERYWHERE = 12
 def baselines(folder: Path, parts: Parts, nodes: Nodes, ui: Ui) -> None:
     """Train each silo alone, and on everything pooled, as far as the recipe asks and it is not done."""
     recipe, events = parts.recipe, read_events(folder)
-    rounds = budget([parts.select(number) for number in range(recipe.rounds)])
+    rounds = budget([parts.present(number) for number in range(recipe.rounds)])
     have = {event["silo"] for event in events if event["event"] == "alone"}
     missing = [name for name in parts.looked if name in rounds and name not in have] if recipe.evaluate.alone else []
     away = [name for name in missing if not parts.silos.shards[name].train]
@@ -54,7 +54,7 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
 
 def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]:
     """Train one silo alone for as many steps as it took in so many rounds, and look at what it learned."""
-    begun, steps = time.perf_counter(), rounds * parts.work().steps(parts.silos.examples(name))
+    begun, steps = time.perf_counter(), rounds * parts.pace(name)
     work = parts.work(steps=steps, epochs=None)
     with ui.part("alone", steps, counts=True):
         ((_, params),) = alone(training_exchange(parts, work._replace(cohort=None), {}, ui), parts.params, [name])
@@ -68,7 +68,7 @@ def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]
 def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, Any]:
     """Train on all text in one place, on as much of it as all silos read, and look at what was learned."""
     begun, silos = time.perf_counter(), parts.silos
-    each = {name: count * parts.work().steps(silos.examples(name)) for name, count in rounds.items()}
+    each = {name: count * parts.pace(name) for name, count in rounds.items()}
     steps, changes = sum(each.values()), dict[str, Any]()
     if parts.recipe.evaluate.pooled == "data_parallel":
         rows = int(parts.recipe.client.get("batch_size", 8))

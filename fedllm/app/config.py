@@ -89,6 +89,14 @@ class Links(Closed):
     """Messages travel while the silos compute."""
 
 
+class Availability(Closed):
+    """Which silos are there when, in a run on one machine: arguments of `exchange.availability.presences`."""
+
+    drop: float = Field(0.0, ge=0, lt=1)
+    """Share of the replies that are lost, of every silo that says no other."""
+    silos: dict[str, dict[str, Any]] = {}
+
+
 class Federation(Closed):
     """How a run between machines waits; a run on one machine does not look at it."""
 
@@ -119,6 +127,7 @@ class Recipe(Closed):
     federation: Federation = Federation()
     scratch: Scratch | None = None
     links: Links | None = None
+    availability: Availability | None = None
     task: dict[str, Any] = {"name": "instruct"}
     trainable: dict[str, Any] = {"name": "lora"}
     client: dict[str, Any] = {"name": "local_training"}
@@ -151,6 +160,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "federation": Federation,
     "scratch": Scratch,
     "links": Links,
+    "availability": Availability,
 }
 """The closed tables of a recipe, and the whole."""
 

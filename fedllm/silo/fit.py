@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fedllm.core.errors import Refused
 from fedllm.core.seeds import derive
 from fedllm.core.types import NOTHING, Dataset, Request, Silo, Tensors
 from fedllm.silo.examples import collate, draws
@@ -47,6 +48,26 @@ def step_count(settings: Settings, data: Dataset) -> int:
     return math.ceil(settings.epochs * len(data["train"]) / settings.batch_size)
 
 
+def steps_taken(settings: Settings, request: Request, data: Dataset) -> int:
+    """Return the number of steps that a silo takes for this request: fewer where it is told that it is `slow`.
+
+    Raises:
+        Refused: if it is told what is no slowness.
+    """
+    return slowed(step_count(settings, data), request.scalars.get("slow", 1.0))
+
+
+def slowed(steps: int, slow: float) -> int:
+    """Return how many of these steps a silo takes meanwhile that is so many times slower.
+
+    >>> slowed(25, 5.0), slowed(3, 5.0)
+    (5, 1)
+    """
+    if not 1 <= slow < math.inf:
+        raise Refused(f"it is told to be {slow:g} times slower, which is no slowness")
+    return max(min(steps, 1), int(steps / slow))
+
+
 def fit(
     model: nn.Module,
     params: Mapping[str, nn.Parameter],
@@ -64,10 +85,11 @@ def fit(
     each one's gradient is exactly its own; clipping is per member. The optimiser goes on from what was `kept` of it.
     """
     device = next(iter(params.values())).device
-    steps, clients = step_count(settings, members[0][1].data), len(members)
-    first_step = members[0][0].round * steps
+    (request, silo), clients = members[0], len(members)
+    steps, whole = steps_taken(settings, request, silo.data), step_count(settings, silo.data)
+    first_step = request.round * whole
     streams = [
-        draws(silo.data["train"], settings.batch_size, request.round * steps, steps, derive(silo.seed, "order"))
+        draws(silo.data["train"], settings.batch_size, first_step, steps, derive(silo.seed, "order"))
         for request, silo in members
     ]
     optimiser = inner_optimiser(params, settings.inner, kept)
@@ -75,7 +97,7 @@ def fit(
     read, scored = [0] * clients, [0] * clients
     model.train()
     for step, drawn in enumerate(zip(*streams, strict=True), first_step):
-        set_rate(optimiser, settings.inner, step, settings.rounds * steps)
+        set_rate(optimiser, settings.inner, step, settings.rounds * whole)
         optimiser.zero_grad(set_to_none=True)
         now = [sum(label >= 0 for row in rows for label in row.labels[1:]) for rows in drawn]
         scored = [before + more for before, more in zip(scored, now, strict=True)]

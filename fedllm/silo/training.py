@@ -52,7 +52,8 @@ def local_training(
 
     The learning rate rises over the first `warmup` steps (below 1: that share of all), then is `constant` or falls,
     `linear` or as a `cosine`, to `floor` times itself over all steps of all `rounds`. Step i of round r is
-    number r * steps + i of the run, also for a silo that comes late or was away, and so is its batch.
+    number r * steps + i of the run, also for a silo that comes late or was away, and so is its batch. A silo that is
+    told that it is `slow` takes the first of a round's steps, as many as it has time for.
 
     The reply is start - end, weighted by the silo's number of `examples`, or by the `tokens` that it was scored on in
     this round: then one step of SGD at every silo is one step on all their batches together.
