@@ -13,6 +13,7 @@ from torch import nn
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
 from fedllm.app.data import NOWHERE, Silos, open_shards
+from fedllm.app.ranks import Ranks, check_processes
 from fedllm.core.errors import FedllmError
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
@@ -57,10 +58,12 @@ class Parts(NamedTuple):
     """When the silos are there, where the recipe says it."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
+    ranks: Ranks | None
+    """The processes that train a silo's model together, if there are several; to be closed."""
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+        return make_work(self.recipe, self.objective, self.tokenizer, self.ranks, **changes)
 
     def pace(self, name: str) -> int:
         """Return how many steps a silo of this machine takes in a round."""
@@ -96,13 +99,13 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
 
-    # Weights that are trained stay in float32, whatever type they are computed in.
-    kept = dtype if trainable.adapter else torch.float32
+    if not elsewhere:
+        check_processes(recipe, device)
+    ranks = Ranks(recipe, device, dtype) if recipe.processes > 1 and not elsewhere else None
     if weights:
-        base = load_model(recipe.model, device, kept, row_tokens(recipe), recipe.gradient_checkpointing)
+        model = attached(recipe, trainable, device, dtype)
     else:
-        base = empty_model(recipe.model, kept)
-    model = trainable.attach(base, recipe.seed)
+        model = trainable.attach(empty_model(recipe.model, kept_dtype(trainable, dtype)), recipe.seed)
     objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
     params: Tensors = parameters(model)
     if device.type == "mps":
@@ -110,7 +113,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
 
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     there = presence_of(silos.names, recipe, bool(elsewhere))
-    work = make_work(recipe, objective, tokenizer)
+    work = make_work(recipe, objective, tokenizer, ranks)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
         work=work,
@@ -127,7 +130,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, there, width,
+        evaluator, fitting, sample(silos.names, recipe), links, there, width, ranks,
     )  # fmt: skip
 
 
@@ -143,14 +146,27 @@ def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[s
     return presences(names, recipe.availability.drop, recipe.availability.silos, recipe.rounds)
 
 
-def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:
+def attached(recipe: Recipe, trainable: Trainable, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load a recipe's model with what is trained attached to it."""
+    kept = kept_dtype(trainable, dtype)
+    base = load_model(recipe.model, device, kept, row_tokens(recipe), recipe.gradient_checkpointing)
+    return trainable.attach(base, recipe.seed)
+
+
+def kept_dtype(trainable: Trainable, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the model's weights: those that are trained stay in float32, whatever they are computed in."""
+    return dtype if trainable.adapter else torch.float32
+
+
+def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, ranks: Ranks | None = None, **changes: Any) -> Work:
     """Return a recipe's local training, with other settings where given."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    return make("client", part, objective, pad, rounds=recipe.rounds)
+    work: Work = make("client", part, objective, pad, rounds=recipe.rounds)
+    return ranks.work(work, part, pad) if ranks else work
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:
@@ -161,7 +177,7 @@ def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algo
             "runtime is 'cohort', which trains plain LoRA without dropout on linear layers; use runtime = 'auto' or "
             "trainable.name = 'lora' with dropout = 0."
         )
-    if recipe.runtime == "local" or not fits:
+    if recipe.runtime == "local" or recipe.processes > 1 or not fits:
         return 1
     rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
     width = cohort_width(model, rows, longest(silos), device)

@@ -120,6 +120,9 @@ class Recipe(Closed):
     runtime: Literal["auto", "local", "cohort"] = "auto"
     threads: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
+    processes: int = Field(1, gt=0)
+    """Processes over which a silo shards the model that it trains (FSDP2), each with its rows of a batch; on GPUs one
+    each."""
     silos: dict[str, SiloFiles] = {}
     partition: dict[str, Any] | None = None
     data: Data = Data()

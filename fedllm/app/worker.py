@@ -61,6 +61,8 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
 
     recipe = Path(asked["run"], "recipe.json").read_text(encoding="utf-8")
     if held is None or held.recipe != recipe:
+        if held and held.parts.ranks:
+            held.parts.ranks.close()
         held = Held(recipe, opened(json.loads(recipe)), asked["site"])
     head = asked["head"]
     tensors, _ = load_message(Path(asked["request"]))

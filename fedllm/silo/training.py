@@ -20,6 +20,7 @@ from fedllm.silo.cohort import by_equal_steps, stack, stacked
 from fedllm.silo.fit import Fit, Settings, fit, seeded, step_count
 from fedllm.silo.inner import Inner, kept_of, sound, stack_kept
 from fedllm.silo.objective import Objective
+from fedllm.silo.sharded import gathered, part_of
 from fedllm.silo.trainables import trained, write
 
 
@@ -84,11 +85,12 @@ def local_training(
         write(params, request.tensors)
         start = {name: value.detach().clone() for name, value in params.items()}
         device = next(iter(params.values())).device
-        with seeded(derive(silo.seed, "fit", request.round), device):
+        rank = part_of(params).rank
+        with seeded(derive(silo.seed, "fit", request.round, *([rank] if rank else [])), device):
             kept = silo.memory if keep_optimiser else {}
             told = fit(silo.model, params, start, [(request, silo)], settings, objective, pad_id, kept)
-        update = subtract(start, {name: value.detach() for name, value in params.items()})
-        return answer(request, silo, update, told, 0, weight), sound(told.kept)
+        update = gathered(subtract(start, {name: value.detach() for name, value in params.items()}))
+        return answer(request, silo, update, told, 0, weight), sound(gathered(told.kept))
 
     def cohort(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         model = members[0][1].model
