@@ -14,6 +14,7 @@ from fedllm.algorithms.method import Ground, Method
 from fedllm.app.catalog import CATALOG, SEND_PROMPTS, make
 from fedllm.app.config import Recipe
 from fedllm.app.data import Silos, open_shards
+from fedllm.app.ranks import Ranks, check_processes
 from fedllm.app.rows import NOWHERE
 from fedllm.app.voices import (
     REMEDY,
@@ -31,12 +32,14 @@ from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Dataset, Select, Silo, State, Tensors, Transform, Work
+from fedllm.exchange.availability import Presence, availability, presences
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
 from fedllm.silo.endpoint import Endpoint
 from fedllm.silo.evaluate import held_out
+from fedllm.silo.fit import slowed
 from fedllm.silo.models import ENDPOINT, empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
 from fedllm.silo.questions import Asking, asking
@@ -68,8 +71,12 @@ class Parts(NamedTuple):
     """The silos whose held-out text is looked at."""
     links: Mapping[str, SiloLink]
     """The network that rounds are reckoned over, if the recipe has one."""
+    there: Mapping[str, Presence]
+    """When the silos are there, where the recipe says it."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
+    ranks: Ranks | None
+    """The processes that train a silo's model together, if there are several; to be closed."""
     method: Method | None = None
     """What the recipe's algorithm is where it is more than local training and an average."""
     endpoint: Endpoint | None = None
@@ -77,7 +84,15 @@ class Parts(NamedTuple):
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+        return make_work(self.recipe, self.objective, self.tokenizer, self.ranks, **changes)
+
+    def pace(self, name: str) -> int:
+        """Return how many steps a silo of this machine takes in a round."""
+        return slowed(self.steps(self.silos.examples(name)), self.there.get(name, Presence()).slow)
+
+    def present(self, number: int) -> list[str]:
+        """Return who is asked in a round, counted from 0, and is there."""
+        return [name for name in self.select(number) if self.there.get(name, Presence()).there(number + 1)]
 
     def steps(self, data: Dataset) -> int:
         """Return how often a client with this data ticks in a round."""
@@ -116,16 +131,16 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
 
-    # Weights that are trained stay in float32, whatever type they are computed in.
-    kept = dtype if trainable.adapter else torch.float32
-    base: nn.Module
+    if not elsewhere:
+        check_processes(recipe, device)
+    ranks = Ranks(recipe, device, dtype) if recipe.processes > 1 and not elsewhere else None
+    model: nn.Module
     if endpoint:
-        base = NoWeights()
+        model = trainable.attach(NoWeights(), recipe.seed)
     elif weights:
-        base = load_model(recipe.model, device, kept, row_tokens(recipe), recipe.gradient_checkpointing)
+        model = attached(recipe, trainable, device, dtype)
     else:
-        base = empty_model(recipe.model, kept)
-    model = trainable.attach(base, recipe.seed)
+        model = trainable.attach(empty_model(recipe.model, kept_dtype(trainable, dtype)), recipe.seed)
     autocast = None if trainable.adapter or dtype == torch.float32 else dtype
     objective = causal_loss(autocast)
     params: Tensors = parameters(model)
@@ -140,17 +155,19 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     elif not params:
         raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
+    there = presence_of(silos.names, recipe, bool(elsewhere))
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = (
         method.algorithm(select)
         if method
         else averaging(
-            work=make_work(recipe, objective, tokenizer),
+            work=make_work(recipe, objective, tokenizer, ranks),
             select=select,
             aggregate=make("aggregate", recipe.aggregate),
             optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
             share=make("share", recipe.share, rounds=recipe.rounds),
             transforms=transforms,
+            middleware=[availability(there, derive(recipe.seed, "availability"))] if there else [],
             probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
         )
     )
@@ -164,7 +181,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, width, method, endpoint,
+        evaluator, fitting, sample(silos.names, recipe), links, there, width, ranks, method, endpoint,
     )  # fmt: skip
 
 
@@ -204,14 +221,39 @@ def make_method(
     return method._replace(notes=[*method.notes, ("leaks", guard_note(recipe))]) if asked else method
 
 
-def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:
+def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[str, Presence]:
+    """Return when the silos are there, if the recipe says it."""
+    if recipe.availability is None:
+        return {}
+    if elsewhere:
+        raise FedllmError(
+            "[availability] makes silos of one machine late or slow, and real sites are so by themselves; take the "
+            "table out of the recipe, or try it with `fedllm run`."
+        )
+    return presences(names, recipe.availability.drop, recipe.availability.silos, recipe.rounds)
+
+
+def attached(recipe: Recipe, trainable: Trainable, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load a recipe's model with what is trained attached to it."""
+    kept = kept_dtype(trainable, dtype)
+    base = load_model(recipe.model, device, kept, row_tokens(recipe), recipe.gradient_checkpointing)
+    return trainable.attach(base, recipe.seed)
+
+
+def kept_dtype(trainable: Trainable, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the model's weights: those that are trained stay in float32, whatever they are computed in."""
+    return dtype if trainable.adapter else torch.float32
+
+
+def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, ranks: Ranks | None = None, **changes: Any) -> Work:
     """Return a recipe's local training, with other settings where given."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    return make("client", part, objective, pad, rounds=recipe.rounds)
+    work: Work = make("client", part, objective, pad, rounds=recipe.rounds)
+    return ranks.work(work, part, pad) if ranks else work
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:
@@ -222,7 +264,7 @@ def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algo
             "runtime is 'cohort', which trains plain LoRA without dropout on linear layers; use runtime = 'auto' or "
             "trainable.name = 'lora' with dropout = 0."
         )
-    if recipe.runtime == "local" or not fits:
+    if recipe.runtime == "local" or recipe.processes > 1 or not fits:
         return 1
     rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
     width = cohort_width(model, rows, longest(silos), device)

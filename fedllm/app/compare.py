@@ -28,7 +28,7 @@ EVERYWHERE = 12
 def baselines(folder: Path, parts: Parts, nodes: Nodes, ui: Ui) -> None:
     """Train each silo alone, and on everything pooled, as far as the recipe asks and it is not done."""
     recipe, events = parts.recipe, read_events(folder)
-    rounds = budget([parts.select(number) for number in range(recipe.rounds)])
+    rounds = budget([parts.present(number) for number in range(recipe.rounds)])
     have = {event["silo"] for event in events if event["event"] == "alone"}
     missing = [name for name in parts.looked if name in rounds and name not in have] if recipe.evaluate.alone else []
     away = [name for name in missing if not parts.silos.shards[name].train]
@@ -57,7 +57,7 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
 
 def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]:
     """Train one silo alone for as many steps as it took in so many rounds, and look at what it learned."""
-    begun, steps = time.perf_counter(), rounds * parts.steps(parts.silos.examples(name))
+    begun, steps = time.perf_counter(), rounds * parts.pace(name)
     with ui.part("alone", steps, counts=True):
         if parts.method:
             params = by_method(parts.method, parts.open_silo(ui.tick)(name), rounds)
@@ -83,7 +83,7 @@ def by_method(method: Method, silo: Silo, rounds: int) -> Tensors:
 def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, Any]:
     """Train on all text in one place, on as much of it as all silos read, and look at what was learned."""
     begun, silos = time.perf_counter(), parts.silos
-    each = {name: count * parts.steps(silos.examples(name)) for name, count in rounds.items()}
+    each = {name: count * parts.pace(name) for name, count in rounds.items()}
     steps, changes = sum(each.values()), dict[str, Any]()
     seed, rows = parts.recipe.seed, int(parts.recipe.client.get("batch_size", 8))
     data: dict[str, Any] = {**silos.pooled()}

@@ -116,6 +116,14 @@ class Duplicates(Closed):
     """The environment variable with the secret that the sites of a federation share and the server does not know."""
 
 
+class Availability(Closed):
+    """Which silos are there when, in a run on one machine: arguments of `exchange.availability.presences`."""
+
+    drop: float = Field(0.0, ge=0, lt=1)
+    """Share of the replies that are lost, of every silo that says no other."""
+    silos: dict[str, dict[str, Any]] = {}
+
+
 class Federation(Closed):
     """How a run between machines waits; a run on one machine does not look at it."""
 
@@ -171,6 +179,9 @@ class Recipe(Closed):
     runtime: Literal["auto", "local", "cohort"] = "auto"
     threads: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
+    processes: int = Field(1, gt=0)
+    """Processes over which a silo shards the model that it trains (FSDP2), each with its rows of a batch; on GPUs one
+    each."""
     silos: dict[str, SiloFiles] = {}
     partition: dict[str, Any] | None = None
     data: Data = Data()
@@ -178,6 +189,7 @@ class Recipe(Closed):
     federation: Federation = Federation()
     scratch: Scratch | None = None
     links: Links | None = None
+    availability: Availability | None = None
     duplicates: Duplicates | None = None
     endpoint: EndpointTable | None = None
     leaks: Leaks = Leaks()
@@ -220,6 +232,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "federation": Federation,
     "scratch": Scratch,
     "links": Links,
+    "availability": Availability,
     "duplicates": Duplicates,
     "endpoint": EndpointTable,
     "leaks": Leaks,

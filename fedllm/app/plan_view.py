@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fedllm.app.build import Parts, longest, row_tokens
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
+from fedllm.exchange.availability import told
 
 ADAMW_BYTES = 12
 """Gradient and two moments in float32, a trained value."""
@@ -54,6 +55,8 @@ def plan_lines(parts: Parts) -> Iterator[str]:
         yield f"{word:<12} {sentence}"
     if not total:
         return
+    for place, silo in enumerate(told(parts.there)):
+        yield f"{'' if place else 'available':<13}{silo}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
     yield "privacy      none is claimed: no noise is added, and " + (
         "the server sees each silo's update" if plan.steps[-1].facts.sees == "each" else "only sums are seen"

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +73,7 @@ def run(
             read = read.model_copy(update={"model": str(folder.absolute() / "start")})
             parts = parts._replace(recipe=read)
         place(folder, read, from_nothing)
-        with locked(folder), resumable(folder):
+        with locked(folder), resumable(folder), parts.ranks or nullcontext():
             if told:
                 append_event(folder, {"event": "scratch", **told})
             go(folder, parts, shown)
@@ -86,7 +86,9 @@ def resume(folder: str | Path, ui: Ui | None = None) -> Path:
     if not (folder / "recipe.toml").is_file():
         raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
     with locked(folder), ui or Ui(None) as shown, resumable(folder):
-        go(folder, built(read_recipe(read_toml(folder / "recipe.toml")), shown), shown)
+        parts = built(read_recipe(read_toml(folder / "recipe.toml")), shown)
+        with parts.ranks or nullcontext():
+            go(folder, parts, shown)
     return folder
 
 
@@ -114,6 +116,7 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
 def computed(parts: Parts) -> str:
     """Say where and how a run computes."""
     together = f", {parts.width} silos as one batch" if parts.width > 1 else ""
+    together += f", {parts.recipe.processes} processes together" if parts.ranks else ""
     return f"on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}{together}"
 
 

@@ -19,6 +19,7 @@ TEMPLATE = """\
 # This file belongs to the site. Nothing is done here that it does not allow.
 name = "{name}"
 # threads = 2                       # processor threads of training; all of them if nothing is said
+# processes = 2                     # processes that share the model that is trained here; on GPUs one each
 
 [data]
 # train = "my.jsonl"                # a file, a folder, docstrings:PACKAGE or a database's URL;
@@ -61,6 +62,7 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         "select": {"name": "everyone"},
         "runtime": "local",
         "threads": site.threads,
+        "processes": site.processes,
         "model": str(here / Path(model.path).expanduser()) if model and model.path else asked["model"],
     }
     recipe = read_recipe(asked).model_copy(update=own)

@@ -61,7 +61,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     recipe, traffic, clock = parts.recipe, Traffic(), time.perf_counter
     asked = list(parts.select(state.round))
     known = len(asked) <= 64 and all(parts.silos.shards[name].train for name in asked)
-    steps = sum(parts.steps(parts.silos.examples(name)) for name in asked) if known else None
+    steps = sum(parts.pace(name) for name in parts.present(state.round)) if known else None
     begun = clock()
     with ui.part(f"round {state.round + 1}", steps, counts=True):
         after, report = parts.algorithm.server(state, metered(nodes.exchange, traffic))
@@ -100,7 +100,7 @@ def over_links(parts: Parts, traffic: Traffic, report: Report) -> dict[str, floa
     tokens = {name: float(report.get(f"tokens.{name}", 0.0)) for name in traffic.each}
     whole = sum(tokens.values()) or 1.0
     loads = {name: Load(up, down, traffic.seconds * tokens[name] / whole) for name, (down, up) in traffic.each.items()}
-    steps = max(parts.steps(parts.silos.examples(name)) for name in loads)
+    steps = max((parts.steps(parts.silos.examples(name)) for name in loads), default=0)
     overlap = bool(parts.recipe.links and parts.recipe.links.overlap)
     return {
         "simulated_seconds": round_seconds(parts.links, loads, overlap),

@@ -69,6 +69,8 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     # What other sites keep is another matter in each run.
     said = recipe if '"duplicates"' not in recipe else f"{folder}\n{recipe}"
     if held is None or held.recipe != said:
+        if held and held.parts.ranks:
+            held.parts.ranks.close()
         parts = opened(json.loads(recipe), folder)
         held = Held(said, parts, asked["site"], parts.silos.shards[asked["site"]])
         if (folder / DROPPED).exists():

@@ -63,7 +63,7 @@ def averaging(
     names, shapes or dtypes is dropped and counted.
 
     Raises:
-        FedllmError: from the round, when clients were asked and no reply could be used.
+        FedllmError: from the round, when clients were asked and no reply could be used, unless a middleware lost all.
     """
     optimiser, share = optimiser or fedavg(), share or everything()
     work = share.work(work)
@@ -96,17 +96,18 @@ def averaging(
             del reply, update
 
         answered = len(asked) - len(waiting)
+        lost = {name: why for name in asked for layer in middleware if (why := layer.lost(state.round, name))}
         for name in sorted(waiting - {key.removeprefix("dropped.") for key in report}):
-            report[f"dropped.{name}"] = "no reply"
+            report[f"dropped.{name}"] = lost.get(name, "no reply")
         report |= {"clients": answered, "asked": len(asked)}
-        if asked and not answered:
+        if not answered and waiting - lost.keys():
             raise FedllmError(no_update_message(state.round, report))
-        if not asked:
-            return state._replace(round=state.round + 1), report
-
-        mean = aggregate.done(total)
         memory = {name: value for name, value in state.transforms.items() if not name.startswith("share/")}
         memory |= under("share", share.note(state, asked, set(asked) - waiting))
+        if not answered:
+            return state._replace(round=state.round + 1, transforms=memory), report
+
+        mean = aggregate.done(total)
         cut = Cut(state.round, answered, weight)
         for place, transform in reversed(list(enumerate(transforms))):
             label = f"{place}.{transform.name}"

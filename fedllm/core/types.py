@@ -148,13 +148,22 @@ class Transform(NamedTuple):
     """What the server knows after `decode`, whatever the silo sent."""
 
 
+def nothing_lost(number: int, client: str) -> str | None:
+    """Let every reply through."""
+    return None
+
+
 class Middleware(NamedTuple):
-    """Something around the exchange that needs messages of its own, and perhaps a half at the client."""
+    """Something around the exchange that needs messages of its own, and perhaps a half at the client.
+
+    `lost(round, client)` says why it keeps a client's reply from the server in a round, if it does; pure.
+    """
 
     name: str
     exchange: Callable[[Exchange], Exchange]
     client: Callable[[Client], Client] | None = None
     claim: Claim = unchanged
+    lost: Callable[[int, str], str | None] = nothing_lost
 
 
 class Aggregator(NamedTuple):

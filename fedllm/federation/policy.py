@@ -97,6 +97,7 @@ class Site(Closed):
     kit: str = "kit"
     """Folder with the site's key and certificates."""
     threads: int | None = Field(None, gt=0)
+    processes: int = Field(1, gt=0)
     data: SiteData = SiteData()
     models: dict[str, Base] = {}
     """The base models that are allowed, by their name in recipes; without any, all are."""

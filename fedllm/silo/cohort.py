@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from fedllm.core.types import Cohort, Reply, Request, Silo, Tensors
-from fedllm.silo.fit import Settings, step_count
+from fedllm.silo.fit import Settings, step_count, steps_taken
 from fedllm.silo.inner import steps_made
 from fedllm.silo.trainables import trained
 
@@ -84,7 +84,9 @@ def by_equal_steps(cohort: Cohort, settings: Settings) -> Cohort:
         groups: dict[tuple[float, ...], list[int]] = {}
         for place, (request, silo) in enumerate(members):
             before = steps_made(silo.memory) if settings.inner.keep else ()
-            groups.setdefault((step_count(settings, silo.data), request.round, *before), []).append(place)
+            groups.setdefault(
+                (steps_taken(settings, request, silo.data), step_count(settings, silo.data), request.round, *before), []
+            ).append(place)
         answers = {
             place: each
             for places in groups.values()

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fedllm.core.errors import Refused
 from fedllm.core.seeds import derive
 from fedllm.core.types import NOTHING, Dataset, Request, Silo, Tensors
-from fedllm.silo.examples import collate, draws
+from fedllm.silo.examples import Example, collate, draws
 from fedllm.silo.inner import Inner, inner_optimiser, set_rate, what_to_keep
 from fedllm.silo.objective import Objective
+from fedllm.silo.sharded import ALONE, Part, own, part_of
 
 
 class Settings(NamedTuple):
@@ -47,6 +49,26 @@ def step_count(settings: Settings, data: Dataset) -> int:
     return math.ceil(settings.epochs * len(data["train"]) / settings.batch_size)
 
 
+def steps_taken(settings: Settings, request: Request, data: Dataset) -> int:
+    """Return the number of steps that a silo takes for this request: fewer where it is told that it is `slow`.
+
+    Raises:
+        Refused: if it is told what is no slowness.
+    """
+    return slowed(step_count(settings, data), request.scalars.get("slow", 1.0))
+
+
+def slowed(steps: int, slow: float) -> int:
+    """Return how many of these steps a silo takes meanwhile that is so many times slower.
+
+    >>> slowed(25, 5.0), slowed(3, 5.0)
+    (5, 1)
+    """
+    if not 1 <= slow < math.inf:
+        raise Refused(f"it is told to be {slow:g} times slower, which is no slowness")
+    return max(min(steps, 1), int(steps / slow))
+
+
 def fit(
     model: nn.Module,
     params: Mapping[str, nn.Parameter],
@@ -64,39 +86,54 @@ def fit(
     each one's gradient is exactly its own; clipping is per member. The optimiser goes on from what was `kept` of it.
     """
     device = next(iter(params.values())).device
-    steps, clients = step_count(settings, members[0][1].data), len(members)
-    first_step = members[0][0].round * steps
+    (request, silo), clients = members[0], len(members)
+    steps, whole = steps_taken(settings, request, silo.data), step_count(settings, silo.data)
+    first_step = request.round * whole
     streams = [
-        draws(silo.data["train"], settings.batch_size, request.round * steps, steps, derive(silo.seed, "order"))
+        draws(silo.data["train"], settings.batch_size, first_step, steps, derive(silo.seed, "order"))
         for request, silo in members
     ]
-    optimiser = inner_optimiser(params, settings.inner, kept)
+    part, optimiser = part_of(params), inner_optimiser(params, settings.inner, kept)
     loss_C = torch.zeros(clients, device=device)
     read, scored = [0] * clients, [0] * clients
     model.train()
     for step, drawn in enumerate(zip(*streams, strict=True), first_step):
-        set_rate(optimiser, settings.inner, step, settings.rounds * steps)
+        set_rate(optimiser, settings.inner, step, settings.rounds * whole)
         optimiser.zero_grad(set_to_none=True)
         now = [sum(label >= 0 for row in rows for label in row.labels[1:]) for rows in drawn]
         scored = [before + more for before, more in zip(scored, now, strict=True)]
         scored_C = torch.tensor(now, device=device)
-        for first in range(0, settings.batch_size, settings.micro_batch):
-            rows = [row for member in drawn for row in member[first : first + settings.micro_batch]]
+        for rows, counts in passes(drawn, settings.micro_batch, part):
             batch = collate(rows, pad_id, device)
-            each_C = objective(model, batch).view(clients, -1).sum(1) / scored_C
-            each_C.sum().backward()
+            each_C = objective(model, batch).view(clients, -1).sum(1) / scored_C * counts
+            # Of gradients in several processes FSDP2 takes the mean, where their sum is due.
+            (each_C.sum() * part.count).backward()
             loss_C += each_C.detach() / steps
         if settings.proximal:
             pull_back(params, start, settings.proximal)
         if settings.max_grad_norm:
-            clip_each(params, clients, settings.max_grad_norm)
+            clip_each(params, clients, settings.max_grad_norm, part)
         optimiser.step()
         tokens = [sum(len(row.input_ids) for row in rows) for rows in drawn]
         read = [before + more for before, more in zip(read, tokens, strict=True)]
         for (_, silo), more in zip(members, tokens, strict=True):
             silo.tick(more)
     model.eval()
-    return Fit(loss_C.tolist(), read, scored, what_to_keep(optimiser, params) if settings.inner.keep else {})
+    return Fit(
+        part.total(loss_C).tolist(), read, scored, what_to_keep(optimiser, params) if settings.inner.keep else {}
+    )
+
+
+def passes(drawn: Sequence[list[Example]], micro_batch: int, part: Part) -> Iterator[tuple[list[Example], int]]:
+    """Yield the rows that this process computes of a batch, `micro_batch` of each member at a time; 0 if none counts.
+
+    All processes make as many passes, since their layers come together in each: who has no row left takes one that does
+    not count.
+    """
+    share = [member[part.rank :: part.count] for member in drawn]
+    for first in range(0, -(-len(drawn[0]) // part.count), micro_batch):
+        rows = [row for member in share for row in member[first : first + micro_batch]]
+        yield rows or drawn[0][:1], int(bool(rows))
 
 
 def pull_back(params: Mapping[str, nn.Parameter], start: Tensors, mu: float) -> None:
@@ -106,11 +143,13 @@ def pull_back(params: Mapping[str, nn.Parameter], start: Tensors, mu: float) -> 
             value.grad.add_(value.detach() - start[name], alpha=mu)
 
 
-def clip_each(params: Mapping[str, nn.Parameter], clients: int, max_norm: float) -> None:
+def clip_each(params: Mapping[str, nn.Parameter], clients: int, max_norm: float, part: Part = ALONE) -> None:
     """Scale each member's gradients down to an L2 norm of `max_norm` over all its parameters."""
-    grads = [value.grad for value in params.values() if value.grad is not None]
-    norms = [torch.linalg.vector_norm(grad.reshape(clients, -1), dim=1) for grad in grads]
+    grads = [own(value.grad) for value in params.values() if value.grad is not None]
+    norms = [torch.linalg.vector_norm(grad.reshape(clients, grad.numel() // clients), dim=1) for grad in grads]
     norm_C = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    if part.count > 1:
+        norm_C = part.total(norm_C.square()).sqrt()
     scale_C = (max_norm / norm_C.clamp(min=1e-12)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale_C.view(clients, *[1] * (grad.dim() - 1)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedllm.core.schedule import Schedule, factor
 from fedllm.core.tensors import below
 from fedllm.core.types import Tensors
+from fedllm.silo.sharded import spread
 
 
 class Inner(NamedTuple):
@@ -38,7 +39,10 @@ def inner_optimiser(params: Mapping[str, nn.Parameter], inner: Inner, kept: Tens
     )
     if kept:
         # Copies, since steps are taken in place and what a silo remembers must not change under it.
-        known = {place: {key: own.clone() for key, own in of(name, kept)} for place, name in enumerate(params)}
+        known = {
+            place: {key: (spread(own, value) if own.dim() else own).clone() for key, own in of(name, kept)}
+            for place, (name, value) in enumerate(params.items())
+        }
         state = {place: each for place, each in known.items() if each}
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     return optimiser

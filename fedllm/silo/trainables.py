@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.seeds import derive
 from fedllm.core.types import Tensors
+from fedllm.silo.sharded import spread
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -62,7 +63,7 @@ def write(params: dict[str, nn.Parameter], tensors: Tensors) -> None:
         )
     with torch.no_grad():
         for name, value in tensors.items():
-            params[name].copy_(value)
+            params[name].copy_(spread(value, params[name]))
 
 
 def none() -> Trainable:

@@ -20,6 +20,7 @@ from fedllm.silo.cohort import by_equal_steps, stack, stacked
 from fedllm.silo.fit import Fit, Settings, fit, seeded, step_count
 from fedllm.silo.inner import Inner, kept_of, sound, stack_kept
 from fedllm.silo.objective import Objective
+from fedllm.silo.sharded import gathered, part_of
 from fedllm.silo.trainables import trained, write
 
 
@@ -52,7 +53,8 @@ def local_training(
 
     The learning rate rises over the first `warmup` steps (below 1: that share of all), then is `constant` or falls,
     `linear` or as a `cosine`, to `floor` times itself over all steps of all `rounds`. Step i of round r is
-    number r * steps + i of the run, also for a silo that comes late or was away, and so is its batch.
+    number r * steps + i of the run, also for a silo that comes late or was away, and so is its batch. A silo that is
+    told that it is `slow` takes the first of a round's steps, as many as it has time for.
 
     The reply is start - end, weighted by the silo's number of `examples`, or by the `tokens` that it was scored on in
     this round: then one step of SGD at every silo is one step on all their batches together.
@@ -83,11 +85,12 @@ def local_training(
         write(params, request.tensors)
         start = {name: value.detach().clone() for name, value in params.items()}
         device = next(iter(params.values())).device
-        with seeded(derive(silo.seed, "fit", request.round), device):
+        rank = part_of(params).rank
+        with seeded(derive(silo.seed, "fit", request.round, *([rank] if rank else [])), device):
             kept = silo.memory if keep_optimiser else {}
             told = fit(silo.model, params, start, [(request, silo)], settings, objective, pad_id, kept)
-        update = subtract(start, {name: value.detach() for name, value in params.items()})
-        return answer(request, silo, update, told, 0, weight), sound(told.kept)
+        update = gathered(subtract(start, {name: value.detach() for name, value in params.items()}))
+        return answer(request, silo, update, told, 0, weight), sound(gathered(told.kept))
 
     def cohort(members: Sequence[tuple[Request, Silo]]) -> list[tuple[Reply, Tensors]]:
         model = members[0][1].model

@@ -246,3 +246,15 @@ def test_a_cohort_is_as_wide_as_makes_its_batch_cheap():
 def test_settings_that_make_no_sense_are_refused(settings, reason):
     with pytest.raises(FedllmError, match=reason):
         local_training(causal_loss(), 0, **settings)
+
+
+def test_a_slow_silo_in_a_cohort_equals_it_alone():
+    model = lora(4).attach(tiny_model(vocab=len(TOKENIZER)), 0)
+    work = local_training(causal_loss(), 0, steps=4, batch_size=2, **ADAMW)
+    members = [
+        (Request(silo.name, 1, "train", shaken(model, 0), {"slow": 3.0} if place in (0, 2) else {}), silo)
+        for place, silo in enumerate(silos(model))
+    ]
+    alone, together = both_ways(work, members)
+    assert furthest(alone, together) < 1e-5
+    assert alone[0].scalars["tokens"] < alone[1].scalars["tokens"] / 2

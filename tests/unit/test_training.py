@@ -215,3 +215,19 @@ def test_one_lost_member_costs_no_other_of_the_batch_its_moments(adapters):
 def test_settings_that_make_no_sense_are_refused(settings, reason):
     with pytest.raises(FedllmError, match=reason):
         work(**settings)
+
+
+def test_a_slow_silo_takes_the_first_steps_of_its_round(model, start):
+    # Twice slower at 7 steps a round: 3, with the batches and learning rates that the whole round begins with.
+    many = work(steps=7, rounds=3, schedule="cosine", warmup=2, keep_optimiser=True, weight="tokens")
+    slow, _ = many.client(Request("a", 1, "train", start, {"slow": 2.0}), silo(model))
+    assert slow.scalars["tokens"] == 3 * 2 * 8 and slow.weight == 3 * 2 * 7
+    seen = []
+    by_hand = work(steps=7, rounds=3, schedule="cosine", warmup=2, keep_optimiser=True)
+    stopping = silo(model)._replace(tick=lambda tokens: seen.append(weights_of(model)))
+    by_hand.client(Request("a", 1, "train", start), stopping)
+    assert all(torch.equal(start[name] - seen[2][name], slow.tensors[name]) for name in start)
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in trained(model).items()}
