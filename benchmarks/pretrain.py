@@ -11,6 +11,8 @@ all-reduce at less than 1 % more loss; a tokenizer within 1 % of the pooled one.
 
     python -m benchmarks.pretrain [--only NAME] [--steps N] [--out FOLDER]
 
+What continued pre-training keeps of its gain (`gain_kept`) is another run, read from continued.json where it is there.
+
 Each run takes about half an hour of one quiet core. A run that is killed goes on from its last round, and one that is
 done is read from its file in benchmarks/results/pretrain; runs that are not done are null in the last line.
 """
@@ -66,7 +68,9 @@ def main() -> None:
             found[name] = finished(name, kind, setting, runs, kept, say)
         elif path.exists():
             found[name] = json.loads(path.read_text())
-    result = table(found, begin(setting, runs))
+    continued = kept / "continued.json"
+    gain = json.loads(continued.read_text())["gain_kept"] if continued.exists() else None
+    result = {**table(found, begin(setting, runs)), "gain_kept": gain}
     if given.out:
         print(json.dumps(result))
     else:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 import fedllm
 from benchmarks.common import machine
 from fedllm.app.build import build
@@ -27,9 +29,9 @@ HELD_OUT = 24_000
 class Setting(NamedTuple):
     """What all runs have in common."""
 
-    steps: int = 4800
+    steps: int = 9600
     """Optimiser steps from start to end; divisible by 30 and by 100."""
-    rows: int = 32
+    rows: int = 16
     """Rows of one step, over all silos."""
     block: int = 128
     hidden: int = 128
@@ -74,16 +76,18 @@ def silos_of(count: int, folder: Path) -> dict[str, dict[str, str]]:
     eras, each = text_files(folder), ERAS // count
     names, silos = list(eras), dict[str, dict[str, str]]()
     folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, ERAS, each):
-        group = names[first : first + each]
-        name = f"{group[0].partition('_')[0]}_{group[-1].rpartition('_')[2]}"
-        files = {}
-        for place, kind in enumerate(("train", "test")):
-            path = folder / f"{name}.{kind}.jsonl"
-            rows = [row for era in group for row in eras[era][place]]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            files[kind] = str(path)
-        silos[name] = files
+    # Another run may be writing the same files.
+    with FileLock(folder / "lock"):
+        for first in range(0, ERAS, each):
+            group = names[first : first + each]
+            name = f"{group[0].partition('_')[0]}_{group[-1].rpartition('_')[2]}"
+            files = {}
+            for place, kind in enumerate(("train", "test")):
+                path = folder / f"{name}.{kind}.jsonl"
+                rows = [row for era in group for row in eras[era][place]]
+                write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+                files[kind] = str(path)
+            silos[name] = files
     return silos
 
 
@@ -122,15 +126,15 @@ def recipe_of(kind: Kind, setting: Setting, model: str, data: Path) -> dict[str,
 
 def begin(setting: Setting, folder: Path) -> dict[str, Any]:
     """Learn the tokenizer over the eras and make the model that all runs start from, once."""
-    told = folder / "start.json"
-    if not told.exists():
-        config = folder / "config.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(config, json.dumps(shape(setting)))
-        recipe = recipe_of(Kind(ERAS), setting, "", folder / "data")
-        recipe["scratch"] = {"config": str(config), "vocab": setting.vocab, "context": setting.block}
-        recipe["evaluate"] = {"pooled": True}
-        write_text(told, json.dumps(start(read_recipe(recipe), folder / "start", Ui(None)), indent=1) + "\n")
+    told, config = folder / "start.json", folder / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "start.lock"):
+        if not told.exists():
+            write_text(config, json.dumps(shape(setting)))
+            recipe = recipe_of(Kind(ERAS), setting, "", folder / "data")
+            recipe["scratch"] = {"config": str(config), "vocab": setting.vocab, "context": setting.block}
+            recipe["evaluate"] = {"pooled": True}
+            write_text(told, json.dumps(start(read_recipe(recipe), folder / "start", Ui(None)), indent=1) + "\n")
     found: dict[str, Any] = json.loads(told.read_text())
     return found
 
@@ -162,7 +166,12 @@ def finished(
     run, recipe = folder / name, recipe_of(kind, setting, str(folder / "start"), folder / "data")
     say(f"{name}: {recipe['rounds']} rounds of {kind.inner} steps, {kind.silos} silos, {setting.tokens:,} tokens")
     resume(run) if (run / "recipe.toml").exists() else fedllm.run(recipe, run)
-    result = {"run": name, "machine": machine(), **outcome(run, setting, folder, kind)}
+    result = {
+        "run": name,
+        "command": f"python -m benchmarks.pretrain --only {name}",
+        "machine": machine(),
+        **outcome(run, setting, folder, kind),
+    }
     kept.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + "\n")
     say(f"{name}: held-out loss {result['loss']:.4f}")
