@@ -12,8 +12,8 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.evaluation.choice import multiple_choice
 from fedllm.evaluation.exact import exact_match
-from fedllm.silo.answers import last_number, matches
 from fedllm.evaluation.generate import chat_once, complete
+from fedllm.silo.answers import last_number, matches
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.examples import collate
 from fedllm.silo.models import load_model, load_tokenizer

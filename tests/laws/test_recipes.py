@@ -32,6 +32,8 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     for name in names:
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
         rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
+        labels = list(table["task"].get("words", [""]))
+        rows = [{**row, "label": labels[i % len(labels)], "answer": f"{i}"} for i, row in enumerate(rows)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table["silos"] = {name: f"{name}.jsonl" for name in names}
     table.pop("partition", None)
@@ -41,7 +43,12 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
         table["task"]["block"] = 16
     table["data"] = {**table.get("data", {}), "root": str(folder), "limit_test": 4}
     table |= {"model": str(model), "rounds": 2, "dtype": "float32", "device": "cpu"}
-    table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
+    if "client" in table:
+        table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
+    for key in {"pool", "public"} & table.get("algorithm", {}).keys():
+        table["algorithm"][key] = f"{names[0]}.jsonl"
+    for key in {"tokens", "batch", "samples"} & table.get("algorithm", {}).keys():
+        table["algorithm"][key] = 2
     return read_recipe(table)
 
 
@@ -49,11 +56,15 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
     if recipe.scratch is None:
-        assert any("aggregate" in line for line in plan_lines(build(recipe, weights=False)))
+        step = "aggregate" if recipe.algorithm["name"] == "averaging" else "server"
+        assert any(step in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
-    assert set(metrics["loss"]["federated"]) == set(recipe.silos)
+    assert set((metrics["loss"] or metrics["accuracy"])["federated"]) == set(recipe.silos)
+    if recipe.algorithm["name"] != "averaging":
+        assert json.loads((run / "prompt" / "prompt.json").read_text())["prompt"]
+        return
     result = (
         ("adapter", "adapter_model.safetensors")
         if recipe.trainable["name"] != "full"
