@@ -52,7 +52,7 @@ def fed_dp_cot(
     require_no_transforms("fed_dp_cot", ground)
     require_counts(demonstrations=demonstrations, batch=batch, samples=samples, tokens=tokens)
     asking = asked_of(ground, "fed_dp_cot")
-    texts = list(dict.fromkeys(each.text for each in asking.read(ground.rows(public), public))) if public else []
+    texts = list(dict.fromkeys(asking.texts(ground.rows(public), public))) if public else []
     if public and len(texts) < batch:
         raise FedllmError(f"algorithm.public '{public}' has {len(texts)} questions; give it {batch} or lower batch.")
 

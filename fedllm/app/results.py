@@ -84,6 +84,8 @@ def last(events: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
 
 def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
     """Return the table of held-out losses per silo; with many silos the first `most` of them and the mean."""
+    if not metrics["loss"] and metrics.get("accuracy"):
+        return accuracies(metrics["accuracy"], most)
     losses = metrics["loss"]
     kinds = [kind for kind in ("base", "alone", "federated", "pooled") if kind in losses]
     table = Table(title="Held-out loss per silo (nats a token; lower is better)", title_justify="left")
@@ -130,10 +132,27 @@ def gain_kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
+def accuracies(found: Mapping[str, Mapping[str, float]], most: int) -> Table:
+    """Return the table of right answers per silo, for a run that has no loss."""
+    table = Table(title="Right answers per silo on held-out questions", title_justify="left")
+    for column in ("silo", *found):
+        table.add_column(column, justify="left" if column == "silo" else "right")
+    names = list(found.get("base", found.get("federated", {})))
+    for name in names[:most]:
+        table.add_row(escape(name), *(f"{kind[name]:.1%}" if name in kind else "-" for kind in found.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{mean(kind):.1%}" for kind in found.values()))
+    return table
+
+
 def verdict(metrics: Mapping[str, Any]) -> str:
     """Say what federation bought, and who would still gain from a personal model."""
     losses = metrics["loss"]
     federated, own = losses.get("federated", {}), losses.get("alone", {})
+    right = metrics.get("accuracy", {})
+    if not federated and right.get("federated"):
+        shares = ", ".join(f"{kind} {mean(values):.1%}" for kind, values in right.items())
+        return f"Right answers, mean over silos: {shares}."
     if not federated:
         return "No federated model has been evaluated yet."
     sentences = [f"The federated model's mean held-out loss is {mean(federated):.3f}"]

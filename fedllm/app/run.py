@@ -108,8 +108,11 @@ def built(recipe: Recipe, ui: Ui) -> Parts:
             ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
     if parts.endpoint:
         ui.say(parts.endpoint.check())
-    learned = parts.method.name if parts.method else f"{parts.plan.parameters:,} parameters trained"
-    ui.say(f"{learned} ({parts.trainable.name}), {computed(parts)}")
+    if parts.method and not parts.method.weights:
+        ui.say(f"{parts.method.name}: prompts alone, nothing inside the model is trained; {computed(parts)}")
+    else:
+        learned = parts.method.name if parts.method else f"{parts.plan.parameters:,} parameters trained"
+        ui.say(f"{learned} ({parts.trainable.name}), {computed(parts)}")
     return parts
 
 
@@ -189,6 +192,10 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
         general = general_losses(parts, parts.shown(state), ui.tick)
         seconds = sum(total_seconds(event) for event in events if event["event"] != "done")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+        if parts.endpoint:
+            used = parts.endpoint.purse.used
+            cost = f", cost {used.cost:,.4f}" if used.cost else ""
+            ui.say(f"asked the API {used.calls:,} times: {used.read:,} tokens read, {used.written:,} written{cost}")
         append_event(folder, {"event": "done", "scores": scores, **general, "seconds": seconds, "peak_mb": round(peak)})
     write_metrics(folder)
     write_report(folder)

@@ -16,6 +16,9 @@ from fedllm.federation.guard import Guard
 from fedllm.federation.policy import Policy, Site
 from fedllm.federation.rules import governing
 
+FOUND = ("copied", "personal", "withheld")
+"""What a worker counts as it looks its texts through."""
+
 
 def do(job: Job, folder: Path, site: Site, guard: Guard, audit: Audit) -> None:
     """Do a job, take out of its reply what may not leave, and record it.
@@ -52,6 +55,7 @@ def do(job: Job, folder: Path, site: Site, guard: Guard, audit: Audit) -> None:
             bytes=size,
             tokens=tokens_read(job, scalars),
             scalars=sent,
+            **found_in_texts(scalars),
             rule=", ".join(governing(site)),
         )
         logged = True
@@ -62,6 +66,11 @@ def do(job: Job, folder: Path, site: Site, guard: Guard, audit: Audit) -> None:
     finally:
         reply.unlink(missing_ok=True)
         record.beside(reply, ".memory").unlink(missing_ok=True)
+
+
+def found_in_texts(scalars: Scalars) -> dict[str, int]:
+    """Return what was taken out of the texts of a reply before it came here, as far as there was anything."""
+    return {key: int(scalars[key]) for key in FOUND if 0 < scalars.get(key, 0) < math.inf}
 
 
 def tokens_read(job: Job, scalars: Scalars) -> int:

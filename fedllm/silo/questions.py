@@ -25,8 +25,10 @@ class Asking(NamedTuple):
     read: Callable[[Sequence[Row], str], list[Question]]
     template: str
     """The prompt, with {text} where the question goes; the answer follows after a space."""
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...]
     """The answers that there are; without any the answer is free text."""
+    texts: Callable[[Sequence[Row], str], list[str]]
+    """The questions alone, of rows that need no answer."""
 
 
 def asking(task: Mapping[str, Any]) -> Asking | None:
@@ -52,7 +54,10 @@ def asking(task: Mapping[str, Any]) -> Asking | None:
                 found.append(Question(asked, turns[last].content, number_of(row, asked)))
         return found
 
-    return Asking(read, "Question: {text}\nAnswer:")
+    def texts(rows: Sequence[Row], where: str) -> list[str]:
+        return [each.text for each in read([{response: "-", **row} for row in rows], where)]
+
+    return Asking(read, "Question: {text}\nAnswer:", (), texts)
 
 
 def classified(task: Mapping[str, Any]) -> Asking:
@@ -71,7 +76,13 @@ def classified(task: Mapping[str, Any]) -> Asking:
             found.append(Question(said, words[kind], number_of(row, said)))
         return found
 
-    return Asking(read, task.get("template", "{text}\nLabel:"), tuple(dict.fromkeys(words.values())))
+    def texts(rows: Sequence[Row], where: str) -> list[str]:
+        return [text_in(row, text, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+
+    template = task.get("template", "{text}\nLabel:")
+    if template.count("{text}") != 1:
+        raise FedllmError("task.template has not {text} once; put it where the row's text goes.")
+    return Asking(read, template, tuple(dict.fromkeys(words.values())), texts)
 
 
 def number_of(row: Row, text: str) -> int:

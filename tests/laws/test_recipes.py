@@ -31,10 +31,9 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     names = list(table.get("silos", {})) or ["hospital_a", "hospital_b"]
     for name in names:
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
-        rows = [
-            {**row, "text": f"{row['prompt']}? {row['response']}.", "label": ("positive", "negative")[i % 2]}
-            for i, row in enumerate(rows)
-        ]
+        rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
+        labels = list(table["task"].get("words", ["positive", "negative"]))
+        rows = [{**row, "label": labels[i % len(labels)], "answer": f"{i}"} for i, row in enumerate(rows)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table["silos"] = {name: f"{name}.jsonl" for name in names}
     table.pop("partition", None)
@@ -47,23 +46,31 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     if "general" in table.get("evaluate", {}):
         (folder / "general.jsonl").write_text(json.dumps({"text": "The cat sat on the mat, and the dog did not."}))
         table["evaluate"] = {**table["evaluate"], "general": "general.jsonl"}
-    if table.get("algorithm", {}).get("name") in ("black_box", "fedbpt", "text_prompt"):
-        table["algorithm"]["examples"] = 2
     if "client" in table:
         table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
+    if table.get("algorithm", {}).get("name") in LAST:
+        table["algorithm"]["examples"] = 2
+    for key in {"pool", "public"} & table.get("algorithm", {}).keys():
+        table["algorithm"][key] = f"{names[0]}.jsonl"
+    for key in {"tokens", "batch", "samples"} & table.get("algorithm", {}).keys():
+        table["algorithm"][key] = 2
     return read_recipe(table)
+
+
+LAST = {"black_box": "aggregate", "fedbpt": "aggregate", "text_prompt": "keep"}
+"""What the plan's diagram says of the methods that search; the others answer questions."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
     if recipe.scratch is None:
-        last = "keep" if recipe.algorithm["name"] == "text_prompt" else "aggregate"
-        assert any(last in line for line in plan_lines(build(recipe, weights=False)))
+        step = {"averaging": "aggregate", **LAST}.get(recipe.algorithm["name"], "server")
+        assert any(step in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
-    assert set(metrics["loss"]["federated"]) == set(recipe.silos)
+    assert set((metrics["loss"] or metrics["accuracy"])["federated"]) == set(recipe.silos)
     if recipe.evaluate.general:
         assert set(metrics["general"]) >= {"base", "federated"}
     result = (
@@ -71,7 +78,7 @@ def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
         if recipe.trainable["name"] != "full"
         else ("model", "model.safetensors")
     )
-    if recipe.trainable["name"] == "none":
+    if recipe.algorithm["name"] not in ("averaging", "black_box", "fedbpt"):
         result = ("prompt", "prompt.json")
     assert run.joinpath(*result).exists()
     assert (run / "report.html").stat().st_size > 10_000
