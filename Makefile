@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,federation]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,federation,privacy]'
 	touch $@
 
 test: install

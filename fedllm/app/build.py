@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fedllm.app import privacy
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
 from fedllm.app.data import NOWHERE, Silos, open_shards
 from fedllm.core.errors import FedllmError
+from fedllm.core.noise import fresh_secret, key_of
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
@@ -53,6 +55,8 @@ class Parts(NamedTuple):
     """The network that rounds are reckoned over, if the recipe has one."""
     width: int
     """Clients trained as one batch; 1 is one by one."""
+    secret: bytes
+    """What noise is drawn from, where there is any."""
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
@@ -64,10 +68,11 @@ class Parts(NamedTuple):
         return lambda name: Silo(name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick)
 
 
-def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -> Parts:
+def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), secret: bytes | None = None) -> Parts:
     """Build a run's parts; without `weights` the model has shapes only, enough for a plan.
 
-    `elsewhere` names the silos of a federation, whose text other machines hold.
+    `elsewhere` names the silos of a federation, whose text other machines hold. Noise is drawn from the `secret`; a
+    plan needs none.
 
     Raises `FedllmError` for whatever does not fit, before anything is trained.
     """
@@ -82,7 +87,12 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     silos = Silos({name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task)
     if not elsewhere:
         silos.check()
-    select = make("select", recipe.select, silos.names, seed=recipe.seed)
+    recipe, secret = privacy.resolved(recipe, len(silos.names)), secret or fresh_secret()
+    # Who knows when a silo is asked has no use for chance, so with noise the choice is as secret as the noise.
+    chosen = (
+        derive(int.from_bytes(key_of(secret, "select")[:7]), "silos") if privacy.is_private(recipe) else recipe.seed
+    )
+    select = make("select", recipe.select, silos.names, seed=chosen)
 
     # Weights that are trained stay in float32, whatever type they are computed in.
     kept = dtype if trainable.adapter else torch.float32
@@ -105,8 +115,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         aggregate=make("aggregate", recipe.aggregate),
         optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
         share=make("share", recipe.share, rounds=recipe.rounds),
-        transforms=[make("transforms", part) for part in recipe.transforms],
-        probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
+        transforms=privacy.transforms(recipe, len(silos.names), secret),
+        # What a probe tells has no noise on it.
+        probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))]
+        if factors and not privacy.is_private(recipe)
+        else [],
     )
     evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
     fitting = plan(algorithm, params)
@@ -114,6 +127,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
         evaluator, fitting, sample(silos.names, recipe), links, width,
+        secret,
     )  # fmt: skip
 
 

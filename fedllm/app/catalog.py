@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
-from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
+from fedllm.exchange import cast, central_dp, clip, dct, fragments, quantise, select, top_k
 from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
@@ -48,6 +48,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "top_k": top_k.top_k,
         "quantise": quantise.quantise,
         "dct": dct.dct,
+        "central_dp": central_dp.central_dp,
     },
     "cleaning": {
         "exact_duplicates": dedupe.exact_duplicates,

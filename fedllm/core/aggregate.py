@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.tensors import CHUNK, pieces
-from fedllm.core.types import Aggregator, Tensors
+from fedllm.core.types import Aggregator, Facts, Tensors
 
 
 class Total(NamedTuple):
@@ -84,4 +84,7 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
             start = end
         return averages
 
-    return Aggregator(f"mean by {weights}", zero, add, done)
+    def claim(facts: Facts) -> Facts:
+        return facts._replace(even=weights == "uniform")
+
+    return Aggregator(f"mean by {weights}", zero, add, done, claim)
