@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.app.build import Parts
-from fedllm.app.privacy import UNITS, entries, is_private, mark_of, open_ends, uses
+from fedllm.app.privacy import UNITS, entries, hides_records, is_private, mark_of, open_ends, uses
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import State
 from fedllm.exchange.ledger import NAME, Entry, note, read_ledger, spent
@@ -17,8 +17,14 @@ Held = Mapping[str, Mapping[str, int]]
 
 def coming(parts: Parts, held: Held, asked: Sequence[str], number: int, mark: str = "") -> list[Entry]:
     """Return what round `number` puts into the ledger: see `privacy.entries`."""
-    examples = {name: counts["train"] for name, counts in held.items()}
+    examples = {name: records_of(parts, held, name) for name in asked} if hides_records(parts.recipe) else {}
     return entries(parts.recipe, len(parts.silos.names), examples, asked, number, mark)
+
+
+def records_of(parts: Parts, held: Held, name: str) -> int:
+    """Return how many examples a silo learns from."""
+    here = parts.silos.shards[name].train
+    return len(parts.silos.examples(name)["train"]) if here else held[name]["train"]
 
 
 def before_round(folder: Path, parts: Parts, held: Held, asked: Sequence[str], number: int) -> None:
@@ -54,10 +60,10 @@ def reached(folder: Path, parts: Parts, held: Held, number: int) -> str:
     for unit in dict.fromkeys(entry.unit for entry in [*known, *new]):
         most = max(each.best for each in spent([*known, *new], unit, delta).values())
         if most > limit:
-            why = f"round {number} would bring epsilon to {most:.3g} and privacy.stop_at_epsilon is {limit:g}"
+            why = f"would bring epsilon to {most:.3g} and privacy.stop_at_epsilon is {limit:g}"
             if number == 1:
-                raise FedllmError(f"The first {why}; add noise or raise it.")
-            return f"stopped after round {number - 1}: {why}"
+                raise FedllmError(f"The first round {why}; add noise or raise it.")
+            return f"stopped after round {number - 1}: the next one {why}"
     return ""
 
 

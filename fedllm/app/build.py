@@ -24,6 +24,7 @@ from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
+from fedllm.silo.dp_sgd import Guard
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
@@ -60,7 +61,7 @@ class Parts(NamedTuple):
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+        return make_work(self.recipe, self.objective, self.tokenizer, self.secret, **changes)
 
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
@@ -88,6 +89,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     if not elsewhere:
         silos.check()
     recipe, secret = privacy.resolved(recipe, len(silos.names)), secret or fresh_secret()
+    privacy.require_target(recipe, len(silos.names), counts(recipe, silos))
     # Who knows when a silo is asked has no use for chance, so with noise the choice is as secret as the noise.
     chosen = (
         derive(int.from_bytes(key_of(secret, "select")[:7]), "silos") if privacy.is_private(recipe) else recipe.seed
@@ -107,7 +109,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         params = {name: value.cpu() for name, value in params.items()}
 
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
-    work = make_work(recipe, objective, tokenizer)
+    work = make_work(recipe, objective, tokenizer, secret)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
         work=work,
@@ -131,14 +133,17 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     )  # fmt: skip
 
 
-def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:
+def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, secret: bytes, **changes: Any) -> Work:
     """Return a recipe's local training, with other settings where given."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    return make("client", part, objective, pad, rounds=recipe.rounds)
+    guard = Guard(secret, lambda records: privacy.record_noise(recipe, records))
+    guard = Guard(secret, lambda records: privacy.record_noise(recipe, records))
+    bound = [guard] if privacy.hides_records(recipe) else []
+    return make("client", part, objective, pad, *bound, rounds=recipe.rounds)
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:
@@ -170,6 +175,13 @@ def row_tokens(recipe: Recipe) -> int:
 def longest(silos: Silos) -> int:
     """Return the tokens of the longest example that the first silo trains on: what one may expect of all."""
     return max(len(example.input_ids) for example in silos.examples(silos.names[0])["train"])
+
+
+def counts(recipe: Recipe, silos: Silos) -> dict[str, int]:
+    """Return the examples of each silo that is on this machine, where what noise is worth depends on them."""
+    if not privacy.hides_records(recipe):
+        return {}
+    return {name: len(silos.examples(name)["train"]) for name in silos.names if silos.shards[name].train}
 
 
 def quiet_libraries() -> None:

@@ -16,7 +16,7 @@ from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
 from fedllm.exchange import cast, central_dp, clip, dct, fragments, quantise, select, top_k
-from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
+from fedllm.silo import dedupe, dp_sgd, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
@@ -30,7 +30,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "p_tuning": trainables.p_tuning,
         "peft": trainables.peft_method,
     },
-    "client": {"local_training": training.local_training},
+    "client": {"local_training": training.local_training, "dp_sgd": dp_sgd.dp_sgd},
     "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
     "share": {"everything": everything, "fragments": fragments.fragments},
     "aggregate": {"mean": aggregate.mean},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fedllm.app.build import Parts, longest, row_tokens
+from fedllm.app.build import Parts, counts, longest, row_tokens
 from fedllm.app.privacy import UNITS, is_private, open_ends, planned_epsilons, said, uses
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
@@ -64,7 +64,7 @@ def plan_lines(parts: Parts) -> Iterator[str]:
 def privacy_lines(parts: Parts) -> Iterator[str]:
     """Yield what a run's noise is worth by plan, and what it leaves open; without noise that nothing is claimed."""
     recipe, names = parts.recipe, parts.silos.names
-    examples = {name: len(parts.silos.examples(name)["train"]) for name in names if parts.silos.shards[name].train}
+    examples = counts(recipe, parts.silos)
     sums = parts.plan.steps[-1].facts.sees == "sum"
     if not is_private(recipe):
         seen = "only sums are seen" if sums else "the server sees each silo's update"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from fedllm.app.catalog import make
@@ -12,6 +13,7 @@ from fedllm.core.types import NOTHING, Tensors, Transform
 from fedllm.exchange.accounting import Epsilons, Mechanism, epsilons, noise_for
 from fedllm.exchange.ledger import Entry, Unit
 from fedllm.exchange.server_noise import MARK, Around
+from fedllm.silo.dp_sgd import rate_of
 
 AT_SERVER = ("central_dp", "adaptive_dp", "banded_dp")
 """Transforms that add noise at the server."""
@@ -47,7 +49,39 @@ def noisy(recipe: Recipe) -> Mapping[str, Any] | None:
 
 def is_private(recipe: Recipe) -> bool:
     """Say whether a recipe adds noise anywhere."""
-    return noisy(recipe) is not None
+    return noisy(recipe) is not None or hides_records(recipe)
+
+
+def hides_records(recipe: Recipe) -> bool:
+    """Say whether the silos train with noise on every step."""
+    return bool(recipe.client.get("name") == "dp_sgd")
+
+
+def record_noise(recipe: Recipe, records: int) -> float:
+    """Return the noise multiplier of a silo with so many records: what the recipe says or its target asks for."""
+    said, target = recipe.client.get("noise"), recipe.privacy.target_epsilon
+    if said is not None:
+        return float(said)
+    if target is None:
+        raise FedllmError(
+            "client.noise is missing; set it (standard deviation over clip, such as 1.0), or set "
+            "privacy.target_epsilon and it is solved for."
+        )
+    return solved(target, recipe.privacy.delta, record_steps(recipe, records, 1.0), recipe.rounds)
+
+
+@lru_cache(maxsize=4096)
+def solved(target: float, delta: float, once: Mechanism, rounds: int) -> float:
+    """Return the noise with which so many rounds of a mechanism reach a target."""
+    return noise_for(target, delta, lambda multiplier: [planned(once._replace(multiplier=multiplier), rounds)])
+
+
+def record_steps(recipe: Recipe, records: int, multiplier: float) -> Mechanism:
+    """Return what a round's steps do with a silo of so many records."""
+    part = recipe.client
+    rate = rate_of(part.get("rate"), int(part.get("batch_size", 32)), records)
+    drawn: Literal["none", "poisson"] = "poisson" if rate < 1 else "none"
+    return Mechanism(multiplier, drawn, rate=rate, times=int(part.get("steps", 10)))
 
 
 def around(recipe: Recipe, silos: int, secret: bytes) -> Around:
@@ -96,6 +130,11 @@ def uses(recipe: Recipe, silos: int, examples: Mapping[str, int] = NOTHING) -> l
     found, part = list[Use](), noisy(recipe)
     if part and part["name"] in AT_SERVER:
         found.append(Use("training", "silo", "server", "", sampled(recipe, silos, float(part["noise"]))))
+    if hides_records(recipe):
+        found += [
+            Use("training", "record", "silo", name, record_steps(recipe, count, record_noise(recipe, count)))
+            for name, count in examples.items()
+        ]
     return found
 
 
@@ -122,6 +161,19 @@ def resolved(recipe: Recipe, silos: int) -> Recipe:
                 "= 'central_dp', or drop it."
             )
     return recipe
+
+
+def require_target(recipe: Recipe, silos: int, examples: Mapping[str, int]) -> None:
+    """Raise where the noise that a recipe says is not enough for the epsilon that it says."""
+    target = recipe.privacy.target_epsilon
+    if target is None:
+        return
+    for unit, found in planned_epsilons(recipe, silos, examples).items():
+        if found.best > target:
+            raise FedllmError(
+                f"The recipe's noise gives epsilon {found.best:.3g} of {UNITS[unit]} after {recipe.rounds} rounds and "
+                f"privacy.target_epsilon is {target:g}; leave out 'noise' and it is solved for, or raise the target."
+            )
 
 
 def with_noise(recipe: Recipe, multiplier: float) -> Recipe:

@@ -167,6 +167,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if "start" not in done:
         append_event(folder, start_event(parts, nodes))
     ui.whole("rounds", recipe.rounds, state.round)
+    reached(folder, parts, nodes.held, state.round + 1)
 
     if "base" not in done:
         begun = time.perf_counter()

@@ -86,7 +86,7 @@ def test_what_has_no_neighbours_in_common_is_not_added_up():
 def test_without_noise_epsilon_is_infinite_and_without_a_look_zero():
     assert epsilon([Mechanism(1.0), Mechanism(0.0)], 1e-5) == math.inf
     assert epsilon([], 1e-5) == epsilon([Mechanism(1.0, "poisson", 0.0)], 1e-5) == 0.0
-    with pytest.raises(FedllmError, match="privacy.delta is 1;"):
+    with pytest.raises(FedllmError, match="delta is 1;"):
         epsilon([Mechanism(1.0)], 1)
 
 
