@@ -20,6 +20,7 @@ from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
+from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
@@ -89,6 +90,10 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     if not elsewhere:
         silos.check()
     recipe, secret = privacy.resolved(recipe, len(silos.names)), secret or fresh_secret()
+    if elsewhere and recipe.evaluate.alone and privacy.is_private(recipe):
+        raise FedllmError(
+            "evaluate.alone lets every site tell what it reaches alone, without noise; with noise set it to false."
+        )
     privacy.require_target(recipe, len(silos.names), counts(recipe, silos))
     # Who knows when a silo is asked has no use for chance, so with noise the choice is as secret as the noise.
     chosen = (
@@ -110,6 +115,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
 
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     work = make_work(recipe, objective, tokenizer, secret)
+    if privacy.trusts_nobody(recipe):
+        work = nothing_else(work)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
         work=work,

@@ -15,7 +15,19 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
-from fedllm.exchange import cast, central_dp, clip, dct, fragments, quantise, select, top_k
+from fedllm.exchange import (
+    adaptive_dp,
+    banded_dp,
+    cast,
+    central_dp,
+    clip,
+    dct,
+    fragments,
+    local_dp,
+    quantise,
+    select,
+    top_k,
+)
 from fedllm.silo import dedupe, dp_sgd, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
@@ -31,7 +43,12 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "peft": trainables.peft_method,
     },
     "client": {"local_training": training.local_training, "dp_sgd": dp_sgd.dp_sgd},
-    "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
+    "select": {
+        "everyone": select.everyone,
+        "fixed_size": select.fixed_size,
+        "poisson": select.poisson,
+        "cyclic": select.cyclic,
+    },
     "share": {"everything": everything, "fragments": fragments.fragments},
     "aggregate": {"mean": aggregate.mean},
     "optimiser": {
@@ -49,6 +66,9 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "quantise": quantise.quantise,
         "dct": dct.dct,
         "central_dp": central_dp.central_dp,
+        "adaptive_dp": adaptive_dp.adaptive_dp,
+        "banded_dp": banded_dp.banded_dp,
+        "local_dp": local_dp.local_dp,
     },
     "cleaning": {
         "exact_duplicates": dedupe.exact_duplicates,

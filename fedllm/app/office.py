@@ -22,7 +22,7 @@ from fedllm.federation.control import Ask, copy
 
 LOOK_SECONDS = 1.0
 WEIGHTS = ("adapter/", "model/")
-RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "recipe.toml", "log.txt")
+RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "ledger.jsonl", "recipe.toml", "log.txt")
 
 
 def plan_of(recipe: Recipe, sites: Sequence[str]) -> Iterator[str]:

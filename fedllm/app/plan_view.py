@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from fedllm.app.build import Parts, counts, longest, row_tokens
-from fedllm.app.privacy import UNITS, is_private, open_ends, planned_epsilons, said, uses
+from fedllm.app.privacy import UNITS, hides_records, is_private, open_ends, planned_epsilons, said, uses
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
 
@@ -77,6 +77,8 @@ def privacy_lines(parts: Parts) -> Iterator[str]:
         )
     for use in said(uses(recipe, len(names), examples)):
         yield f"             {use}"
+    if hides_records(recipe) and not examples and recipe.client.get("rate") is None:
+        yield "privacy      of one record of a site: by how many records it has, at the ledger once they are known"
     yield f"not covered  {'; '.join(open_ends(recipe))}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -34,7 +35,9 @@ class Use(NamedTuple):
     silo: str
     """Whose text, or empty: of all alike."""
     mechanism: Mechanism
-    """What one round costs; `times` is 0 where a round costs nothing more."""
+    """What one round costs a silo that takes part."""
+    every: int = 1
+    """Rounds from one turn of a silo to its next, where they take turns."""
 
 
 def noisy(recipe: Recipe) -> Mapping[str, Any] | None:
@@ -55,6 +58,12 @@ def is_private(recipe: Recipe) -> bool:
 def hides_records(recipe: Recipe) -> bool:
     """Say whether the silos train with noise on every step."""
     return bool(recipe.client.get("name") == "dp_sgd")
+
+
+def trusts_nobody(recipe: Recipe) -> bool:
+    """Say whether each silo's update has its own noise, so that nothing else may leave without any."""
+    part = noisy(recipe)
+    return part is not None and part["name"] in AT_SILO
 
 
 def record_noise(recipe: Recipe, records: int) -> float:
@@ -92,24 +101,38 @@ def around(recipe: Recipe, silos: int, secret: bytes) -> Around:
         "everyone": float(silos),
         "fixed_size": float(select.get("size") or 0),
         "poisson": silos * float(select.get("rate") or 0),
+        # Of silos that do not divide by the cycle some rounds have one more: the same number holds for all of them.
+        "cyclic": float(silos // max(1, int(select.get("every") or 1))),
     }
     if name not in expected:
         raise FedllmError(
-            f"select.name is '{name}', of which no epsilon is known; with noise use everyone, fixed_size or poisson."
+            f"select.name is '{name}', of which no epsilon is known; with noise use everyone, cyclic, fixed_size or "
+            "poisson."
         )
     if not expected[name] > 0:
         raise FedllmError(f"select '{name}' lacks its size or rate; set it.")
-    return Around(secret, expected[name])
+    part = noisy(recipe)
+    if part and part["name"] == "banded_dp" and name not in ("everyone", "cyclic"):
+        raise FedllmError(
+            f"transforms: 'banded_dp' is for silos that take turns, and select.name is '{name}'; use cyclic, or "
+            "'central_dp', whose noise is less where silos are drawn by chance."
+        )
+    if part and part["name"] == "banded_dp" and recipe.share.get("name") != "everything":
+        raise FedllmError("transforms: 'banded_dp' needs all parameters in every round; set share = 'everything'.")
+    return Around(secret, expected[name], int(select["every"]) if name == "cyclic" else 1)
 
 
 def transforms(recipe: Recipe, silos: int, secret: bytes) -> list[Transform]:
     """Make a recipe's transforms; those that add noise are told what it takes."""
-    return [
-        make("transforms", part, around(recipe, silos, secret))
-        if part.get("name") in AT_SERVER
-        else make("transforms", part)
-        for part in recipe.transforms
-    ]
+    made = list[Transform]()
+    for part in recipe.transforms:
+        name, bound = part.get("name"), list[Any]()
+        if name in AT_SERVER:
+            bound = [around(recipe, silos, secret)]
+        if name in AT_SILO:
+            bound = [secret]
+        made.append(make("transforms", part, *bound))
+    return made
 
 
 def sampled(recipe: Recipe, silos: int, multiplier: float) -> Mechanism:
@@ -129,13 +152,30 @@ def uses(recipe: Recipe, silos: int, examples: Mapping[str, int] = NOTHING) -> l
     """
     found, part = list[Use](), noisy(recipe)
     if part and part["name"] in AT_SERVER:
-        found.append(Use("training", "silo", "server", "", sampled(recipe, silos, float(part["noise"]))))
+        what = "training and clipping statistic" if part["name"] == "adaptive_dp" else "training"
+        found.append(Use(what, "silo", "server", "", sampled(recipe, silos, float(part["noise"])), turns(recipe)))
+    if part and part["name"] in AT_SILO:
+        found.append(Use("training", "silo", "silo", "", Mechanism(float(part["noise"])), turns(recipe)))
     if hides_records(recipe):
+        if not examples and recipe.client.get("rate") is not None:
+            examples = {"": 1}
         found += [
-            Use("training", "record", "silo", name, record_steps(recipe, count, record_noise(recipe, count)))
+            Use(
+                "training",
+                "record",
+                "silo",
+                name,
+                record_steps(recipe, count, record_noise(recipe, count)),
+                turns(recipe),
+            )
             for name, count in examples.items()
         ]
     return found
+
+
+def turns(recipe: Recipe) -> int:
+    """Return the rounds from one turn of a silo to its next."""
+    return int(recipe.select["every"]) if recipe.select["name"] == "cyclic" else 1
 
 
 def resolved(recipe: Recipe, silos: int) -> Recipe:
@@ -149,8 +189,7 @@ def resolved(recipe: Recipe, silos: int) -> Recipe:
         around(recipe, silos, b"")
 
         def whole(multiplier: float) -> list[Mechanism]:
-            found = uses(with_noise(recipe, multiplier), silos)
-            return [planned(use.mechanism, recipe.rounds) for use in found if use.unit == "silo"]
+            return by_silo(uses(with_noise(recipe, multiplier), silos), "silo", recipe.rounds)[0]
 
         recipe = with_noise(recipe, noise_for(target, recipe.privacy.delta, whole))
     limits = {"target_epsilon": target, "stop_at_epsilon": recipe.privacy.stop_at_epsilon}
@@ -199,7 +238,10 @@ def by_silo(found: Sequence[Use], unit: Unit, rounds: int) -> list[list[Mechanis
     """Return what so many rounds do with each silo's text."""
     own = [use for use in found if use.unit == unit]
     names = dict.fromkeys(use.silo for use in own if use.silo) or {"": None}
-    return [[planned(use.mechanism, rounds) for use in own if use.silo in ("", name)] for name in names]
+    return [
+        [planned(use.mechanism, math.ceil(rounds / use.every)) for use in own if use.silo in ("", name)]
+        for name in names
+    ]
 
 
 def worst(each: Sequence[Sequence[Mechanism]], delta: float) -> Epsilons:
@@ -231,12 +273,15 @@ def entries(
     Without a mark that is what the silos' own noise costs, to be noted before they are asked; with it what the
     server's does, to be noted before its result is seen.
     """
-    by = "server" if mark else "silo"
-    return [
-        Entry(number, use.what, use.unit, use.silo, mark, use.mechanism)
-        for use in uses(recipe, silos, examples)
-        if use.by == by and use.mechanism.times and (not use.silo or use.silo in asked)
-    ]
+    found = list[Entry]()
+    for use in uses(recipe, silos, examples):
+        if use.by != ("server" if mark else "silo"):
+            continue
+        # Silos that take turns: each group has spent what was done in its own rounds, and nothing in the others'.
+        turn = f"turn {1 + (number - 1) % use.every} of {use.every}" if use.every > 1 else ""
+        whose = [turn] if use.by == "server" else [name for name in asked if use.silo in ("", name)]
+        found += [Entry(number, use.what, use.unit, name, mark, use.mechanism) for name in whose]
+    return found
 
 
 def mark_of(memory: Tensors) -> str:

@@ -54,6 +54,7 @@ def note(path: Path, entries: Iterable[Entry]) -> list[Entry]:
         text = "".join(json.dumps({**e._asdict(), "mechanism": e.mechanism._asdict()}) + "\n" for e in new)
         whole = len(path.read_bytes().rpartition(b"\n")[0]) + 1 if known else 0
         try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
             try:
                 os.ftruncate(handle, whole)
