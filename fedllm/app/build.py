@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedllm.algorithms.method import Ground, Method
+from fedllm.app import privacy
 from fedllm.app.catalog import CATALOG, SEND_PROMPTS, make
 from fedllm.app.config import Recipe
 from fedllm.app.data import Silos, open_shards
@@ -28,15 +29,18 @@ from fedllm.app.voices import (
     words_task,
 )
 from fedllm.core.errors import FedllmError
+from fedllm.core.noise import fresh_secret, key_of
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Dataset, Select, Silo, State, Tensors, Transform, Work
 from fedllm.exchange.availability import Presence, availability, presences
+from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
+from fedllm.silo.dp_sgd import Guard
 from fedllm.silo.endpoint import Endpoint
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.fit import slowed
@@ -77,6 +81,8 @@ class Parts(NamedTuple):
     """Clients trained as one batch; 1 is one by one."""
     ranks: Ranks | None
     """The processes that train a silo's model together, if there are several; to be closed."""
+    secret: bytes
+    """What noise is drawn from, where there is any."""
     method: Method | None = None
     """What the recipe's algorithm is where it is more than local training and an average."""
     endpoint: Endpoint | None = None
@@ -84,7 +90,7 @@ class Parts(NamedTuple):
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, self.ranks, **changes)
+        return make_work(self.recipe, self.objective, self.tokenizer, self.secret, self.ranks, **changes)
 
     def pace(self, name: str) -> int:
         """Return how many steps a silo of this machine takes in a round."""
@@ -108,10 +114,11 @@ class Parts(NamedTuple):
         return lambda name: Silo(name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick)
 
 
-def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -> Parts:
+def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), secret: bytes | None = None) -> Parts:
     """Build a run's parts; without `weights` the model has shapes only, enough for a plan.
 
-    `elsewhere` names the silos of a federation, whose text other machines hold.
+    `elsewhere` names the silos of a federation, whose text other machines hold. Noise is drawn from the `secret`; a
+    plan needs none.
 
     Raises `FedllmError` for whatever does not fit, before anything is trained.
     """
@@ -129,7 +136,17 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     silos = Silos(shards, task, recipe.evaluate.examples, asked)
     if not elsewhere:
         silos.check()
-    select = make("select", recipe.select, silos.names, seed=recipe.seed)
+    recipe, secret = privacy.resolved(recipe, len(silos.names)), secret or fresh_secret()
+    if elsewhere and recipe.evaluate.alone and privacy.is_private(recipe):
+        raise FedllmError(
+            "evaluate.alone lets every site tell what it reaches alone, without noise; with noise set it to false."
+        )
+    privacy.require_target(recipe, len(silos.names), counts(recipe, silos))
+    # Who knows when a silo is asked has no use for chance, so with noise the choice is as secret as the noise.
+    chosen = (
+        derive(int.from_bytes(key_of(secret, "select")[:7]), "silos") if privacy.is_private(recipe) else recipe.seed
+    )
+    select = make("select", recipe.select, silos.names, seed=chosen)
 
     if not elsewhere:
         check_processes(recipe, device)
@@ -147,7 +164,12 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     if device.type == "mps":
         params = {name: value.cpu() for name, value in params.items()}
 
-    transforms = [make("transforms", part) for part in recipe.transforms]
+    if private_method(recipe):
+        raise FedllmError(
+            f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "
+            "adds noise out of the recipe, or learn with algorithm 'averaging'."
+        )
+    transforms = [] if privacy.is_private(recipe) else [make("transforms", part) for part in recipe.transforms]
     speaker = speaker_for(endpoint, tokenizer, objective, recipe.evaluate.batch_size)
     method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms, asked, speaker)
     if method:
@@ -156,17 +178,23 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     there = presence_of(silos.names, recipe, bool(elsewhere))
-    factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
+    work = make_work(recipe, objective, tokenizer, secret, ranks)
+    if privacy.trusts_nobody(recipe):
+        work = nothing_else(work)
+    # What a probe tells has no noise on it.
+    factors = not privacy.is_private(recipe) and any(
+        ".lora_A." in name and value.dim() == 2 for name, value in params.items()
+    )
     algorithm = (
         method.algorithm(select)
         if method
         else averaging(
-            work=make_work(recipe, objective, tokenizer, ranks),
+            work=work,
             select=select,
             aggregate=make("aggregate", recipe.aggregate),
             optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
             share=make("share", recipe.share, rounds=recipe.rounds),
-            transforms=transforms,
+            transforms=privacy.transforms(recipe, len(silos.names), secret),
             middleware=[availability(there, derive(recipe.seed, "availability"))] if there else [],
             probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
         )
@@ -181,8 +209,14 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, there, width, ranks, method, endpoint,
+        evaluator, fitting, sample(silos.names, recipe), links, there, width, ranks, secret, method,
+        endpoint,
     )  # fmt: skip
+
+
+def private_method(recipe: Recipe) -> bool:
+    """Say whether a method that is no average is asked for noise."""
+    return recipe.algorithm["name"] != "averaging" and privacy.is_private(recipe)
 
 
 def make_method(
@@ -245,14 +279,23 @@ def kept_dtype(trainable: Trainable, dtype: torch.dtype) -> torch.dtype:
     return dtype if trainable.adapter else torch.float32
 
 
-def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, ranks: Ranks | None = None, **changes: Any) -> Work:
+def make_work(
+    recipe: Recipe,
+    objective: Objective,
+    tokenizer: Any,
+    secret: bytes,
+    ranks: Ranks | None = None,
+    **changes: Any,
+) -> Work:
     """Return a recipe's local training, with other settings where given."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    work: Work = make("client", part, objective, pad, rounds=recipe.rounds)
+    guard = Guard(secret, lambda records: privacy.record_noise(recipe, records))
+    bound = [guard] if privacy.hides_records(recipe) else []
+    work: Work = make("client", part, objective, pad, *bound, rounds=recipe.rounds)
     return ranks.work(work, part, pad) if ranks else work
 
 
@@ -287,6 +330,13 @@ def longest(silos: Silos) -> int:
     examples = silos.examples(silos.names[0])["train"]
     # All blocks but the last are as long as the first, and there may be very many.
     return max(len(example.input_ids) for example in (examples[:1] if isinstance(examples, Blocks) else examples))
+
+
+def counts(recipe: Recipe, silos: Silos) -> dict[str, int]:
+    """Return the examples of each silo that is on this machine, where what noise is worth depends on them."""
+    if not privacy.hides_records(recipe):
+        return {}
+    return {name: len(silos.examples(name)["train"]) for name in silos.names if silos.shards[name].train}
 
 
 def quiet_libraries() -> None:

@@ -16,8 +16,21 @@ from fedllm.algorithms import black_box, chains, exemplars, fedbpt, self_consist
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import averaging, everything
-from fedllm.exchange import cast, clip, dct, deltas, fragments, quantise, select, top_k
-from fedllm.silo import cleaning, dedupe, partition, pii, quality, tasks, trainables, training
+from fedllm.exchange import (
+    adaptive_dp,
+    banded_dp,
+    cast,
+    central_dp,
+    clip,
+    dct,
+    deltas,
+    fragments,
+    local_dp,
+    quantise,
+    select,
+    top_k,
+)
+from fedllm.silo import cleaning, dedupe, dp_sgd, partition, pii, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "algorithm": {
@@ -42,8 +55,13 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "p_tuning": trainables.p_tuning,
         "peft": trainables.peft_method,
     },
-    "client": {"local_training": training.local_training},
-    "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
+    "client": {"local_training": training.local_training, "dp_sgd": dp_sgd.dp_sgd},
+    "select": {
+        "everyone": select.everyone,
+        "fixed_size": select.fixed_size,
+        "poisson": select.poisson,
+        "cyclic": select.cyclic,
+    },
     "share": {"everything": everything, "fragments": fragments.fragments, "deltas": deltas.deltas},
     "aggregate": {"mean": aggregate.mean},
     "optimiser": {
@@ -60,6 +78,10 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "top_k": top_k.top_k,
         "quantise": quantise.quantise,
         "dct": dct.dct,
+        "central_dp": central_dp.central_dp,
+        "adaptive_dp": adaptive_dp.adaptive_dp,
+        "banded_dp": banded_dp.banded_dp,
+        "local_dp": local_dp.local_dp,
     },
     "cleaning": {
         "utf8": cleaning.utf8,

@@ -25,10 +25,10 @@ EVERYWHERE = 12
 """With more silos than this, a model trained alone is only tried on its own silo's text."""
 
 
-def baselines(folder: Path, parts: Parts, nodes: Nodes, ui: Ui) -> None:
+def baselines(folder: Path, parts: Parts, nodes: Nodes, ui: Ui, rounds_done: int) -> None:
     """Train each silo alone, and on everything pooled, as far as the recipe asks and it is not done."""
     recipe, events = parts.recipe, read_events(folder)
-    rounds = budget([parts.present(number) for number in range(recipe.rounds)])
+    rounds = budget([parts.present(number) for number in range(rounds_done)])
     have = {event["silo"] for event in events if event["event"] == "alone"}
     missing = [name for name in parts.looked if name in rounds and name not in have] if recipe.evaluate.alone else []
     away = [name for name in missing if not parts.silos.shards[name].train]

@@ -98,6 +98,17 @@ class Scratch(Closed):
     """Silos that must have a pair of tokens before it becomes one."""
 
 
+class Privacy(Closed):
+    """What is counted where noise is added: epsilon at this `delta`."""
+
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """Well below 1 over the number of what is hidden: silos, or records of a silo."""
+    target_epsilon: float | None = Field(None, gt=0)
+    """What the whole run may spend; noise that the recipe does not say is solved for it."""
+    stop_at_epsilon: float | None = Field(None, gt=0)
+    """The run ends with its last round that stays at or below it."""
+
+
 class Links(Closed):
     """The network that a run on one machine is reckoned over: keyword arguments of `runtime.link.link`."""
 
@@ -193,6 +204,7 @@ class Recipe(Closed):
     duplicates: Duplicates | None = None
     endpoint: EndpointTable | None = None
     leaks: Leaks = Leaks()
+    privacy: Privacy = Privacy()
     algorithm: dict[str, Any] = {"name": "averaging"}
     """Local training and an average, made of the tables below, or a method of its own."""
     task: dict[str, Any] = {"name": "instruct"}
@@ -236,6 +248,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "duplicates": Duplicates,
     "endpoint": EndpointTable,
     "leaks": Leaks,
+    "privacy": Privacy,
 }
 """The closed tables of a recipe, and the whole."""
 

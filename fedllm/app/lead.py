@@ -11,9 +11,10 @@ from typing import Any
 
 import fedllm
 from fedllm.app.build import Parts, build
-from fedllm.app.config import Recipe, read_recipe, read_toml
+from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.duplicates import between
 from fedllm.app.live import Lines, Live
+from fedllm.app.privacy import is_private, resolved
 from fedllm.app.run import go
 from fedllm.app.scores import check_files
 from fedllm.app.stages import Nodes, with_skipped
@@ -21,7 +22,8 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Scalars
 from fedllm.runtime.line import Line, Unreachable
 from fedllm.runtime.remote import remote
-from fedllm.runtime.store import append_event, locked, read_events, trim_events
+from fedllm.runtime.secret import secret_in
+from fedllm.runtime.store import append_event, locked, read_events, trim_events, write_text
 from fedllm.runtime.wire import message_bytes
 from fedllm.silo.models import weights_sha256
 
@@ -50,9 +52,14 @@ def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
         # A kill may have left half a line, after which nothing could be written.
         trim_events(folder, recipe.rounds)
         check_files(recipe)
+        secret = None
+        if is_private(recipe):
+            # Sites are told the noise that was solved for, and after a restart it is still that.
+            recipe, secret = resolved(recipe, len(expected)), secret_in(folder)
+            write_text(folder / "recipe.toml", write_recipe(recipe))
         names = taking_part(folder, recipe, line, expected, live)
         live.say("opening the model")
-        parts = build(recipe, elsewhere=names)
+        parts = build(recipe, elsewhere=names, secret=secret)
         nodes = reach(folder, parts, line, live)
         go(folder, parts, ui, nodes)
 

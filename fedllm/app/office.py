@@ -24,7 +24,7 @@ LOOK_SECONDS = 1.0
 LITTLE = 50_000_000
 """Bytes of free disk below which a server is said to be full."""
 WEIGHTS = ("adapter/", "model/")
-RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "recipe.toml", "log.txt")
+RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "ledger.jsonl", "recipe.toml", "log.txt")
 
 
 def plan_of(recipe: Recipe, sites: Sequence[str]) -> Iterator[str]:

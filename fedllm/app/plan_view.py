@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from fedllm.app.build import Parts, longest, row_tokens
+from fedllm.app.build import Parts, counts, longest, row_tokens
+from fedllm.app.privacy import UNITS, hides_records, is_private, open_ends, planned_epsilons, said, uses
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
 from fedllm.exchange.availability import told
@@ -22,8 +24,15 @@ MEAN_BYTES = 16
 def facts_text(facts: Facts) -> str:
     """Say what is known of an update."""
     sees = "server sees each silo's update" if facts.sees == "each" else "server sees only the sum"
-    bound = "norm not bounded" if facts.norm_bound is None else f"norm at most {facts.norm_bound:g}"
-    return f"{sees}, {bound}"
+    bound = (
+        "norm not bounded"
+        if facts.norm_bound is None
+        else f"norm at most {facts.norm_bound:g}"
+        if math.isfinite(facts.norm_bound)
+        else "norm at most the round's clip"
+    )
+    noise = "" if facts.noise is None else f", noise {facts.noise:.3g} times that"
+    return f"{sees}, {bound}{noise}"
 
 
 def plan_lines(parts: Parts) -> Iterator[str]:
@@ -58,9 +67,28 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     for place, silo in enumerate(told(parts.there)):
         yield f"{'' if place else 'available':<13}{silo}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
-    yield "privacy      none is claimed: no noise is added, and " + (
-        "the server sees each silo's update" if plan.steps[-1].facts.sees == "each" else "only sums are seen"
-    )
+    yield from privacy_lines(parts)
+
+
+def privacy_lines(parts: Parts) -> Iterator[str]:
+    """Yield what a run's noise is worth by plan, and what it leaves open; without noise that nothing is claimed."""
+    recipe, names = parts.recipe, parts.silos.names
+    examples = counts(recipe, parts.silos)
+    sums = parts.plan.steps[-1].facts.sees == "sum"
+    if not is_private(recipe):
+        seen = "only sums are seen" if sums else "the server sees each silo's update"
+        yield f"privacy      none is claimed: no noise is added, and {seen}"
+        return
+    for unit, found in planned_epsilons(recipe, len(names), examples).items():
+        yield (
+            f"privacy      epsilon {found.best:.3g} at delta {recipe.privacy.delta:g} after {recipe.rounds} rounds, of "
+            f"{UNITS[unit]}"
+        )
+    for use in said(uses(recipe, len(names), examples)):
+        yield f"             {use}"
+    if hides_records(recipe) and not examples and recipe.client.get("rate") is None:
+        yield "privacy      of one record of a site: by how many records it has, at the ledger once they are known"
+    yield f"not covered  {'; '.join(open_ends(recipe))}"
 
 
 def memory(parts: Parts) -> int:

@@ -69,6 +69,12 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in ("simulated_seconds", "data_parallel_seconds"):
         if any(key in event for event in rounds):
             metrics[key] = sum(event.get(key, 0.0) for event in rounds)
+    if said := last(events, "done").get("privacy"):
+        metrics["privacy"] = said
+    elif rounds and "epsilon" in rounds[-1]:
+        metrics["epsilon"] = rounds[-1]["epsilon"]
+    if why := last(events, "stopped").get("why"):
+        metrics["stopped"] = why
     if told := last(events, "scratch"):
         metrics["scratch"] = {key: value for key, value in told.items() if key != "event"}
     scores = {"base": last(events, "base").get("scores"), "federated": last(events, "done").get("scores")}

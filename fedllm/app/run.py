@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 import fedllm
+from fedllm.app.budget import reached, told
 from fedllm.app.build import Parts, build
 from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
+from fedllm.app.privacy import is_private
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import write_metrics
@@ -31,7 +33,9 @@ from fedllm.app.scores import check_files, general_losses, score_files
 from fedllm.app.scratch import start
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round, said
 from fedllm.core.errors import FedllmError, Interrupted
+from fedllm.core.noise import fresh_secret
 from fedllm.core.types import State, Tensors
+from fedllm.runtime.secret import secret_in
 from fedllm.runtime.store import (
     append_event,
     load_checkpoint,
@@ -52,8 +56,11 @@ def run(
     out: str | Path | None = None,
     settings: Sequence[str] = (),
     ui: Ui | None = None,
+    secret: bytes | None = None,
 ) -> Path:
     """Run a recipe and return the run's folder, by default `runs/NAME`.
+
+    Noise is drawn from a `secret` of the operating system's generator; only a test says another one.
 
     Raises `FedllmError` with one sentence for whatever the user can mend.
     """
@@ -68,11 +75,14 @@ def run(
         if read.scratch:
             told = start(read, from_nothing, shown)
             read = read.model_copy(update={"model": str(from_nothing)})
-        parts = built(read, shown)
+        secret = secret or fresh_secret()
+        parts = built(read, shown, secret)
+        # What was solved for is written down: a resumed run goes on with the same noise.
+        read = parts.recipe
         if read.scratch:
             read = read.model_copy(update={"model": str(folder.absolute() / "start")})
             parts = parts._replace(recipe=read)
-        place(folder, read, from_nothing)
+        place(folder, read, from_nothing, secret)
         with locked(folder), resumable(folder), parts.ranks or nullcontext():
             if told:
                 append_event(folder, {"event": "scratch", **told})
@@ -86,16 +96,18 @@ def resume(folder: str | Path, ui: Ui | None = None) -> Path:
     if not (folder / "recipe.toml").is_file():
         raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
     with locked(folder), ui or Ui(None) as shown, resumable(folder):
-        parts = built(read_recipe(read_toml(folder / "recipe.toml")), shown)
+        recipe = read_recipe(read_toml(folder / "recipe.toml"))
+        secret = secret_in(folder) if is_private(recipe) else None
+        parts = built(recipe, shown, secret)
         with parts.ranks or nullcontext():
             go(folder, parts, shown)
     return folder
 
 
-def built(recipe: Recipe, ui: Ui) -> Parts:
+def built(recipe: Recipe, ui: Ui, secret: bytes | None = None) -> Parts:
     """Build a run's parts and say in a line what they are."""
     with ui.part("opening model and text", None):
-        parts = build(recipe)
+        parts = build(recipe, secret=secret)
     silos = parts.silos
     train, test = (sum(len(shard[place]) for shard in silos.shards.values()) for place in (0, 1))
     skipped = sum(silos.skipped.values())
@@ -123,13 +135,15 @@ def computed(parts: Parts) -> str:
     return f"on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}{together}"
 
 
-def place(folder: Path, recipe: Recipe, from_nothing: Path) -> None:
+def place(folder: Path, recipe: Recipe, from_nothing: Path, secret: bytes) -> None:
     """Make the run's folder with recipe and start in it, all at once: a folder without them could not be resumed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(exist_ok=True)
     try:
         write_text(beside / "recipe.toml", write_recipe(recipe))
+        if is_private(recipe):
+            secret_in(beside, secret)
         if from_nothing.exists():
             shutil.copytree(from_nothing, beside / "start")
         beside.rename(folder)
@@ -166,6 +180,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if "start" not in done:
         append_event(folder, start_event(parts, nodes))
     ui.whole("rounds", recipe.rounds, state.round)
+    reached(folder, parts, nodes.held, state.round + 1)
 
     if "base" not in done:
         begun = time.perf_counter()
@@ -177,9 +192,14 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
         ui.say(f"base model: {said(losses)}")
     stored = 0.0
     while state.round < recipe.rounds:
+        if why := reached(folder, parts, nodes.held, state.round + 1):
+            if "stopped" not in done:
+                append_event(folder, {"event": "stopped", "round": state.round, "why": why})
+            ui.say(why)
+            break
         state, stored = one_round(folder, parts, state, nodes, ui, stored)
         ui.whole("rounds", recipe.rounds, state.round)
-    baselines(folder, parts, nodes, ui)
+    baselines(folder, parts, nodes, ui, state.round)
     finish(folder, parts, state, ui)
 
 
@@ -196,7 +216,8 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
             used = parts.endpoint.purse.used
             cost = f", cost {used.cost:,.4f}" if used.cost else ""
             ui.say(f"asked the API {used.calls:,} times: {used.read:,} tokens read, {used.written:,} written{cost}")
-        append_event(folder, {"event": "done", "scores": scores, **general, "seconds": seconds, "peak_mb": round(peak)})
+        event = {"event": "done", "scores": scores, **general, "seconds": seconds, "peak_mb": round(peak)}
+        append_event(folder, {**event, **told(folder, parts)})
     write_metrics(folder)
     write_report(folder)
 

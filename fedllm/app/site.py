@@ -9,6 +9,7 @@ from typing import Any
 
 from fedllm.app.catalog import CATALOG, SERVER_FILES
 from fedllm.app.config import Recipe, SiloFiles, read_recipe
+from fedllm.app.privacy import AT_SERVER
 from fedllm.core.errors import FedllmError
 from fedllm.federation.policy import Site, read_site
 
@@ -40,6 +41,9 @@ name = "{name}"
 # rounds_a_day = 50
 # tokens_a_day = 5_000_000
 # clip = 1.0                        # the largest norm of an update that may leave
+# epsilon = 8.0                     # what all runs together may spend of this text, over the life of `state`
+# delta = 1e-5                      # at which epsilon is reckoned
+# trust_server = false              # whether noise that only the server adds counts
 # metrics = ["train_loss", "loss", "tokens"]
 """
 
@@ -60,6 +64,7 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         "silos": {site.name: text_of(site, site_toml)},
         "partition": None,
         "select": {"name": "everyone"},
+        "transforms": [here_of(part) for part in asked.get("transforms", [])],
         "runtime": "local",
         "threads": site.threads,
         "processes": site.processes,
@@ -74,6 +79,14 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         own_endpoint = recipe.endpoint.model_copy(update={"url": url, "key_env": model.key_env if model else None})
         recipe = recipe.model_copy(update={"endpoint": own_endpoint})
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(here)})})
+
+
+def here_of(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a site's half of a transform: where the server adds the noise that is the clip, or nothing."""
+    if part.get("name") in AT_SERVER:
+        bound = 1e30 if part["name"] == "adaptive_dp" else part["max_norm"]
+        return {"name": "clip", "max_norm": bound}
+    return part
 
 
 def text_of(site: Site, site_toml: Path) -> SiloFiles:

@@ -64,6 +64,7 @@ def start(
 ) -> None:
     """Serve this site until it is stopped: text and model stay here, nothing listens to the outside."""
     from fedllm.app.site import known, text_of
+    from fedllm.app.site_privacy import spending
     from fedllm.federation.desk import Desk
     from fedllm.federation.policy import read_site
     from fedllm.federation.site_daemon import start as serve
@@ -79,7 +80,7 @@ def start(
     text_of(here, file)
     # Hashing takes long for a large model, and every run asks for it.
     hashed = functools.cache(weights_sha256)
-    with Desk(here, WORKER, known(), hashed, {"FEDLLM_SITE": str(file.absolute())}) as desk:
+    with Desk(here, WORKER, known(), hashed, {"FEDLLM_SITE": str(file.absolute())}, spending(here, file)) as desk:
         say(f"{here.name} is at work; Ctrl-C ends it.")
         serve(here.name, Path(here.kit), Path(here.state), desk.answer)
 
@@ -91,15 +92,18 @@ def check(
     settings: Settings = [],  # noqa: B006
     user: Annotated[str, typer.Option(help="Who would start it.")] = "",
     data: DataOption = "",
+    run: Annotated[str, typer.Option(help="The run's name, if it has begun here: what it spent is part of it.")] = "",
 ) -> None:
     """Show what a recipe would do here and whether this site's rules let it; nothing runs."""
     from fedllm.app.build import build
     from fedllm.app.config import read_recipe
     from fedllm.app.lead import asked_of_sites, question
     from fedllm.app.plan_view import plan_lines
+    from fedllm.app.privacy import is_private
     from fedllm.app.site import known, own_recipe
+    from fedllm.app.site_privacy import spending
     from fedllm.federation.policy import read_site
-    from fedllm.federation.rules import facts, refusals
+    from fedllm.federation.rules import by_epsilon, facts, refusals
     from fedllm.silo.models import weights_sha256
 
     use(data)
@@ -107,6 +111,9 @@ def check(
     told = asked_of_sites(read)
     asked = facts(question(read, "check", user))
     found = list(refusals(here, asked, known(), weights_sha256))
+    account = spending(here, file)
+    if not found:
+        found = list(by_epsilon(here, told, run, account))
     say(f"recipe       sha256 {asked.recipe}")
     for rule, sentence in found:
         say(f"refused      {rule}: {sentence}")
@@ -118,6 +125,10 @@ def check(
     counts = parts.silos.shards[here.name]
     say(f"text here    {len(counts.train):,} rows to learn from, {len(counts.test):,} held out")
     say(f"leaves here  updates of {parts.plan.parameters:,} values; numbers: {', '.join(here.policy.metrics)}")
+    if is_private(read):
+        before, after = account.after(told, run)
+        limit = f" of {here.policy.epsilon:g}" if here.policy.epsilon else ""
+        say(f"epsilon      {before:.3g} spent here, {after:.3g}{limit} with this run, at delta {here.policy.delta:g}")
     say(f"allowed      {here.name} would take part")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedllm.app.budget import after_round, before_round
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
 from fedllm.core.types import NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
@@ -62,11 +63,13 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     asked = list(parts.select(state.round))
     known = len(asked) <= 64 and all(parts.silos.shards[name].train for name in asked)
     steps = sum(parts.pace(name) for name in parts.present(state.round)) if known else None
+    before_round(folder, parts, nodes.held, asked, state.round + 1)
     begun = clock()
     with ui.part(f"round {state.round + 1}", steps, counts=True):
         after, report = parts.algorithm.server(state, metered(nodes.exchange, traffic))
         report = {**report, **{f"dropped.{name}": why for name, why in nodes.silent().items()}}
     server = clock() - begun
+    privacy = after_round(folder, parts, nodes.held, after)
 
     looked, losses = clock(), dict[str, dict[str, float]]()
     if after.round % recipe.evaluate.every == 0 or after.round == recipe.rounds:
@@ -77,6 +80,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
         "round": after.round,
         **losses,
         **tell(report),
+        **privacy,
         **(over_links(parts, traffic, report) if parts.links else {}),
         "asked": asked,
         "bytes_up": traffic.up,
@@ -174,7 +178,6 @@ def round_line(event: Mapping[str, Any], rounds: int) -> str:
     loss = f", {said(event)}" if event.get("loss") or event.get("accuracy") else ""
     dropped = f", dropped {', '.join(event['dropped'])}" if event["dropped"] else ""
     speed = event["tokens"] / max(1e-9, event["seconds"]["train"])
-    return (
-        f"round {event['round']} of {rounds}: {event['clients']} silos, {event['tokens']:,} tokens at "
-        f"{speed:,.0f}/s{loss}{dropped}"
-    )
+    tokens = f", {event['tokens']:,} tokens at {speed:,.0f}/s" if event["tokens"] else ""
+    spent = "".join(f", epsilon {value:.3g} of a {unit}" for unit, value in event.get("epsilon", {}).items())
+    return f"round {event['round']} of {rounds}: {event['clients']} silos{tokens}{loss}{spent}{dropped}"

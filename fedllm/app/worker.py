@@ -95,7 +95,9 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
 def opened(asked: Mapping[str, Any], run: Path) -> Any:
     """Build a run's parts for this site: the recipe as it came, this site's own text, model folder and threads."""
     from fedllm.app.build import build
-    from fedllm.app.site import own_recipe
+    from fedllm.app.site import known, own_recipe
+    from fedllm.federation.policy import read_site
+    from fedllm.runtime.secret import secret_in
     from fedllm.silo.models import weights_sha256
 
     recipe = own_recipe(asked["recipe"], Path(os.environ["FEDLLM_SITE"]))
@@ -105,7 +107,8 @@ def opened(asked: Mapping[str, Any], run: Path) -> Any:
             f"This site's weights of the base model ({ours[:12]}) are not those of the server "
             f"({asked['model_sha256'][:12]}); get the same model on both sides."
         )
-    parts = build(recipe)
+    site = read_site(Path(os.environ["FEDLLM_SITE"]), known())
+    parts = build(recipe, secret=secret_in(Path(site.state)))
     if parts.endpoint:
         parts.endpoint.check()
         parts.endpoint.purse.keep(run / "spent.json")

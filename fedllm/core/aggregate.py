@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.tensors import pieces, whole_again
-from fedllm.core.types import Aggregator, Tensors
+from fedllm.core.types import Aggregator, Facts, Tensors
 
 
 class Total(NamedTuple):
@@ -79,4 +79,7 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         averages = (high.add(low).div_(whole) for high, low in zip(total.high, total.low, strict=True))
         return whole_again(averages, total.like)
 
-    return Aggregator(f"mean by {weights}", zero, add, done)
+    def claim(facts: Facts) -> Facts:
+        return facts._replace(even=weights == "uniform")
+
+    return Aggregator(f"mean by {weights}", zero, add, done, claim)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
+
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedavg
 from fedllm.core.seeds import derive
@@ -74,16 +76,23 @@ def averaging(
     def server(state: State, exchange: Exchange) -> tuple[State, Report]:
         like = share.up(state.round, state.params)
         stages = wire_stages(transforms, like)
+        labels = [f"{place}.{transform.name}" for place, transform in enumerate(transforms)]
+        now = [
+            transform.at(below(label, state.transforms)) if transform.at else transform
+            for label, transform in zip(labels, transforms, strict=True)
+        ]
+        always = any(transform.always for transform in transforms)
         asked = list(select(state.round))
         requests = [Request(name, state.round, "train", share.down(state, name)) for name in asked]
         for layer in reversed(middleware):
             exchange = layer.exchange(exchange)
 
         total, looks = aggregate.zero(like), [probe.zero(like) for probe in probes]
-        waiting, weight, report = set(asked), 0.0, dict[str, float | str]()
-        for reply in exchange(requests):
+        waiting, weight, report, heard = set(asked), 0.0, dict[str, float | str](), False
+        for reply in exchange(requests) if requests else ():
+            heard = True
             try:
-                update = accept(reply, state.round, waiting, transforms, stages)
+                update = accept(reply, state.round, waiting, now, stages)
             except Refused as problem:
                 report[f"dropped.{reply.client}"] = str(problem)
                 continue
@@ -100,17 +109,16 @@ def averaging(
         for name in sorted(waiting - {key.removeprefix("dropped.") for key in report}):
             report[f"dropped.{name}"] = lost.get(name, "no reply")
         report |= {"clients": answered, "asked": len(asked)}
-        if not answered and waiting - lost.keys():
+        if not answered and waiting - lost.keys() and not (always and heard):
             raise FedllmError(no_update_message(state.round, report))
         memory = {name: value for name, value in state.transforms.items() if not name.startswith("share/")}
         memory |= under("share", share.note(state, asked, set(asked) - waiting))
-        if not answered:
+        if not answered and not always:
             return state._replace(round=state.round + 1, transforms=memory), report
 
-        mean = aggregate.done(total)
+        mean = aggregate.done(total) if answered else {name: torch.zeros_like(value) for name, value in like.items()}
         cut = Cut(state.round, answered, weight)
-        for place, transform in reversed(list(enumerate(transforms))):
-            label = f"{place}.{transform.name}"
+        for label, transform in reversed(list(zip(labels, now, strict=True))):
             mean, kept = transform.finish(mean, below(label, memory), cut)
             memory |= under(label, kept)
         params, optimiser_state = optimiser.step(state.params, mean, state.optimiser)
@@ -132,6 +140,7 @@ def averaging(
         *(Step("server", f"decode: {t.name}", t.decoded) for t in reversed(transforms)),
         *(Step("server", f"look: {p.name}", p.claim) for p in probes),
         Step("server", f"aggregate: {aggregate.name}", aggregate.claim),
+        *(Step("server", f"finish: {t.name}", t.finished) for t in reversed(transforms) if t.always),
         Step("server", f"step: {optimiser.name}"),
     ]
 

@@ -105,6 +105,10 @@ class Facts(NamedTuple):
     """Whether the server sees `each` silo's update or only their `sum`."""
     norm_bound: float | None = None
     """The largest L2 norm that the update can have, if there is one."""
+    even: bool = False
+    """Whether the aggregate is a plain mean in which every silo counts alike."""
+    noise: float | None = None
+    """Standard deviation of the noise over the norm bound, where noise was added."""
 
 
 Claim: TypeAlias = Callable[[Facts], Facts]
@@ -146,6 +150,12 @@ class Transform(NamedTuple):
     claim: Claim = unchanged
     decoded: Claim = unchanged
     """What the server knows after `decode`, whatever the silo sent."""
+    finished: Claim = unchanged
+    """What is known of the aggregate after `finish`."""
+    always: bool = False
+    """Whether `finish` has its word also in a round to which no silo added anything, on an aggregate of 0."""
+    at: Callable[[Tensors], Transform] | None = None
+    """Where the server's half depends on what it remembers: from that to the transform of this one round."""
 
 
 def nothing_lost(number: int, client: str) -> str | None:

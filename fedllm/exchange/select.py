@@ -28,6 +28,13 @@ def fixed_size(clients: Sequence[str], size: int, seed: int = 0) -> Select:
     return select
 
 
+def cyclic(clients: Sequence[str], every: int) -> Select:
+    """Ask each client every `every` rounds, always in the same order: nothing is left to chance."""
+    if not 1 <= every <= len(clients):
+        raise FedllmError(f"select.every is {every}; it must be between 1 and the {len(clients)} silos.")
+    return lambda round_number: clients[round_number % every :: every]
+
+
 def poisson(clients: Sequence[str], rate: float, seed: int = 0) -> Select:
     """Ask each client with probability `rate`, independently; a round may ask nobody."""
     if not 0 < rate <= 1:

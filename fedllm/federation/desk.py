@@ -28,7 +28,18 @@ from fedllm.federation.guard import Guard
 from fedllm.federation.limits import once, today
 from fedllm.federation.messages import matching, request_of, whole
 from fedllm.federation.policy import NAME, SHA256, Known, Site
-from fedllm.federation.rules import SAID, Denied, canonical, check, facts, governing, refusals
+from fedllm.federation.rules import (
+    NOBODY,
+    SAID,
+    Denied,
+    Spending,
+    by_epsilon,
+    canonical,
+    check,
+    facts,
+    governing,
+    refusals,
+)
 from fedllm.federation.spool import Spool
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import Body, Head, decode, encode
@@ -50,6 +61,7 @@ class Desk:
         known: Known,
         weights: Callable[[str], str] | None = None,
         env: Mapping[str, str] | None = None,
+        spending: Spending | None = None,
     ) -> None:
         """Open a site's state.
 
@@ -59,11 +71,12 @@ class Desk:
             known: the names that recipes can have, by kind.
             weights: hash of this site's weights of a base model, by path or name.
             env: added to the worker's environment.
+            spending: the accountant of this site; without it a site with a limit on epsilon refuses every recipe.
 
         Raises:
             FedllmError: if another desk has the state, or the audit log was changed.
         """
-        self._site, self._known, self._weights = site, known, weights
+        self._site, self._known, self._weights, self._spending = site, known, weights, spending
         self._state = Path(site.state)
         self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._alone = FileLock(self._state / "lock", timeout=0, thread_local=False)
@@ -140,6 +153,8 @@ class Desk:
         said = {key: head.get(key) for key in SAID}
         asked = facts(said)
         found = list(islice(refusals(self._site, asked, self._known, self._weights), MOST_REASONS))
+        if not found:
+            found = list(by_epsilon(self._site, dict(said["recipe"] or {}), run, self._spending or NOBODY))
         about = {"run": run, "recipe": asked.recipe, "user": asked.user}
         if found:
             for rule, sentence in found:
@@ -190,6 +205,8 @@ class Desk:
             if path is None:
                 return {"state": "missing"}, b""
             try:
+                if request.op == record.TRAIN and self._spending:
+                    self._spending.note(said["recipe"], run, request.round)
                 about = {"run": run, "round": request.round, "op": request.op, "request": name, "user": said["user"]}
                 self._audit.append("begin", **about, bytes=path.stat().st_size, rule=self._rules())
                 self._bench.add(Job(run, name, key, request, path))

@@ -82,6 +82,11 @@ class Policy(Closed):
     clip: float | None = Field(None, gt=0)
     """The largest L2 norm of an update that may leave."""
     epsilon: float | None = Field(None, gt=0)
+    """What all runs together may spend of this site's text, over the life of its state folder."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """At which epsilon is reckoned here."""
+    trust_server: bool = False
+    """Whether noise that only the server adds counts."""
     secure_aggregation: bool = False
     metrics: tuple[str, ...] = METRICS
     """Scalars that may leave; others are taken out of replies. How much text stands behind a reply always leaves."""

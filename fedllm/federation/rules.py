@@ -15,6 +15,12 @@ from fedllm.federation.policy import KINDS, Known, Policy, Site
 KEEPS_NORM = {"cast"}
 """Transforms after which a clipped update is still clipped; what adds or scales values undoes it."""
 
+CLIPS = {"clip", "central_dp", "banded_dp", "local_dp"}
+"""Transforms that clip what a site's text has done before it leaves, at their `max_norm`."""
+
+SERVER_NOISE = {"central_dp", "adaptive_dp", "banded_dp"}
+SITE_NOISE = {"local_dp", "dp_sgd"}
+
 SAID = ("recipe", "algorithm", "fedllm", "model_sha256", "user")
 """What a server says when it asks for a run."""
 
@@ -34,8 +40,19 @@ class Asked(NamedTuple):
     """By rule (`trainables`...): what the recipe names of that kind."""
     clip: float | None
     """The largest norm that an update has when it leaves, if it has one."""
+    alone: bool
+    """Whether each site is to train alone, for comparison."""
     user: str
     fedllm: str
+
+
+class Spending(NamedTuple):
+    """A site's accountant."""
+
+    after: Callable[[Mapping[str, Any], str], tuple[float, float]]
+    """From a recipe and a run's name to epsilon over the site's life without that run and with all of it."""
+    note: Callable[[Mapping[str, Any], str, int], None]
+    """Notes what a round of a run spends, before its work is begun."""
 
 
 class Refusal(NamedTuple):
@@ -96,6 +113,7 @@ def facts(said: Mapping[str, Any]) -> Asked:
             "transforms": tuple(part_name({"transforms": part}, "transforms") for part in transforms),
         },
         clip=clipped_at(transforms),
+        alone=not isinstance(recipe.get("evaluate"), dict) or recipe["evaluate"].get("alone") is not False,
         user=text(said, "user"),
         fedllm=text(said, "fedllm"),
     )
@@ -126,7 +144,7 @@ def clipped_at(transforms: Sequence[Mapping[str, Any]]) -> float | None:
     """
     bound = math.inf
     for part in transforms:
-        if part.get("name") == "clip":
+        if part.get("name") in CLIPS:
             norm = part.get("max_norm")
             if not isinstance(norm, (int, float)) or isinstance(norm, bool) or not 0 < norm < 1e300:
                 raise Refused(f"the recipe clips at {norm!r:.50}, which is not a norm")
@@ -134,6 +152,32 @@ def clipped_at(transforms: Sequence[Mapping[str, Any]]) -> float | None:
         elif part.get("name") not in KEEPS_NORM:
             bound = math.inf
     return None if bound == math.inf else bound
+
+
+def nobody(*asked: Any) -> Any:
+    """Reckon nothing."""
+    raise FedllmError("it has no accountant; start it with `fedllm site start`.")
+
+
+NOBODY = Spending(nobody, nobody)
+
+
+def by_epsilon(site: Site, asked: Mapping[str, Any], run: str, spending: Spending) -> Iterator[Refusal]:
+    """Say no to a recipe (`asked`, of the run of that name) that would spend more than is left of a site's epsilon."""
+    limit = site.policy.epsilon
+    if limit is None:
+        return
+    try:
+        before, after = spending.after(asked, run)
+    except FedllmError as error:
+        yield Refusal("epsilon", f"{site.name} cannot reckon what this recipe spends: {error}")
+        return
+    if not after <= limit:
+        yield Refusal(
+            "epsilon",
+            f"{site.name} spends epsilon {limit:g} over its life at delta {site.policy.delta:g}; other runs have spent "
+            f"{before:.3g} and this recipe would bring it to {after:.3g}.",
+        )
 
 
 def check(site: Site, asked: Asked, known: Known, weights: Callable[[str], str] | None = None) -> Refusal | None:
@@ -225,11 +269,25 @@ def of_privacy(name: str, policy: Policy, asked: Asked) -> Iterator[Refusal]:
             f"but {listed(sorted(KEEPS_NORM))}; this recipe {found}.",
         )
     if policy.epsilon is not None:
-        yield Refusal(
-            "epsilon",
-            f"{name} asks for differential privacy with epsilon {policy.epsilon:g} or lower, which no recipe of "
-            f"fedllm {fedllm.__version__} can guarantee yet.",
-        )
+        parts = {*asked.names["transforms"], *asked.names["clients"]}
+        trusted = SERVER_NOISE if policy.trust_server else set()
+        if not parts & (SITE_NOISE | trusted):
+            found = (
+                "adds noise at the server only, which policy.trust_server does not count"
+                if parts & SERVER_NOISE
+                else "adds none"
+            )
+            yield Refusal(
+                "epsilon",
+                f"{name} asks for noise that is worth epsilon {policy.epsilon:g} or lower, such as client.name = "
+                f"'dp_sgd' or the transform 'local_dp'; this recipe {found}.",
+            )
+        elif asked.alone:
+            yield Refusal(
+                "epsilon",
+                f"{name} lets nothing leave without noise, and each site's own model is told of without any; set "
+                "evaluate.alone = false.",
+            )
     if policy.secure_aggregation:
         yield Refusal(
             "secure_aggregation",

@@ -37,6 +37,8 @@ def test_a_site_that_says_nothing_allows_what_is_known(tmp_path):
     assert governing(site_in(tmp_path)) == ["metrics"]
 
 
+CENTRAL = {"name": "central_dp", "max_norm": 1.0, "noise": 1.0}
+LOCAL = {"name": "local_dp", "max_norm": 1.0, "noise": 20.0}
 NO = [
     ("version", {}, {"version": "0.2.0"}, r"works with fedllm 0\.1, the server with '0\.2\.0'; install the same"),
     ("recipes", {"recipes": (ONE,)}, {}, r"allows certain recipes only.*[0-9a-f]{64}.*policy\.recipes"),
@@ -53,7 +55,19 @@ NO = [
     ("rounds_a_run", {"rounds_a_run": 99}, {}, r"a allows 99 rounds a run; this recipe has 100\."),
     ("clip", {"clip": 1}, {}, r"clipped at a norm of 1 or lower.*this recipe does not end in a clip"),
     ("clip", {"clip": 1}, {"transforms": [clip(1.01)]}, r"this recipe clips at 1\.01"),
-    ("epsilon", {"epsilon": 8.0}, {}, r"epsilon 8 or lower, which no recipe of fedllm 0\.1\.0 can guarantee yet"),
+    ("epsilon", {"epsilon": 8.0}, {}, r"worth epsilon 8 or lower, such as client\.name = 'dp_sgd'.*recipe adds none"),
+    (
+        "epsilon",
+        {"epsilon": 8.0},
+        {"transforms": [CENTRAL]},
+        r"at the server only, which policy\.trust_server does not",
+    ),
+    (
+        "epsilon",
+        {"epsilon": 8.0},
+        {"transforms": [LOCAL]},
+        r"own model is told of without any; set evaluate\.alone = f",
+    ),
     ("secure_aggregation", {"secure_aggregation": True}, {}, r"asks for secure aggregation, which no recipe"),
 ]
 
@@ -66,6 +80,7 @@ def test_each_rule_refuses_by_its_name_and_says_what_is_allowed(tmp_path, rule, 
 
 def test_every_key_of_the_policy_that_a_recipe_can_break_is_tried_here():
     later = {"rounds_a_day", "tokens_a_day", "metrics", "max_message_mb"}
+    later |= {"delta", "trust_server"}  # They say how epsilon is counted.
     assert {rule for rule, *_ in NO} == Policy.model_fields.keys() - later | {"version"}
 
 
