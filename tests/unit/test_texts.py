@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedllm.core.errors import Refused
 from fedllm.core.texts import as_tensors, printable, texts_in
-from fedllm.runtime.wire import pack, unpack
+from tests.messages import pack, unpack
 
 
 @settings(deadline=None, max_examples=60)
