@@ -58,7 +58,7 @@ class Kind(NamedTuple):
     """Tables of the recipe."""
 
 
-def text_files(folder: Path) -> dict[str, tuple[list[Row], list[Row]]]:
+def texts_of_eras() -> dict[str, tuple[list[Row], list[Row]]]:
     """Return each era's text to learn from and held-out text, the latter as much in each."""
     eras: dict[str, list[Row]] = {}
     for row in speech_rows(ERAS):
@@ -72,22 +72,28 @@ def text_files(folder: Path) -> dict[str, tuple[list[Row], list[Row]]]:
 
 
 def silos_of(count: int, folder: Path) -> dict[str, dict[str, str]]:
-    """Write the text of `count` silos, each of neighbouring eras, and return their files."""
-    eras, each = text_files(folder), ERAS // count
-    names, silos = list(eras), dict[str, dict[str, str]]()
+    """Return the files of `count` silos, each with the text of neighbouring eras, and write them once."""
+    told = folder / f"{count}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    # Another run may be writing the same files.
+    # Another run may be about to write the same.
     with FileLock(folder / "lock"):
-        for first in range(0, ERAS, each):
-            group = names[first : first + each]
-            name = f"{group[0].partition('_')[0]}_{group[-1].rpartition('_')[2]}"
-            files = {}
-            for place, kind in enumerate(("train", "test")):
-                path = folder / f"{name}.{kind}.jsonl"
-                rows = [row for era in group for row in eras[era][place]]
-                write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-                files[kind] = str(path)
-            silos[name] = files
+        if not told.exists():
+            write_text(told, json.dumps(written(count, folder)))
+    found: dict[str, dict[str, str]] = json.loads(told.read_text())
+    return found
+
+
+def written(count: int, folder: Path) -> dict[str, dict[str, str]]:
+    """Write the text of so many silos and return their files."""
+    eras, each, silos = texts_of_eras(), ERAS // count, dict[str, dict[str, str]]()
+    for first in range(0, ERAS, each):
+        group = list(eras)[first : first + each]
+        name = f"{group[0].partition('_')[0]}_{group[-1].rpartition('_')[2]}"
+        silos[name] = {}
+        for place, kind in enumerate(("train", "test")):
+            path = (folder / f"{name}.{kind}.jsonl").absolute()
+            write_text(path, "".join(json.dumps(row) + "\n" for era in group for row in eras[era][place]))
+            silos[name][kind] = str(path)
     return silos
 
 
