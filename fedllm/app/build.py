@@ -106,6 +106,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         model = attached(recipe, trainable, device, dtype)
     else:
         model = trainable.attach(empty_model(recipe.model, kept_dtype(trainable, dtype)), recipe.seed)
+    check_vocabulary(recipe, tokenizer, model)
     objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
     params: Tensors = parameters(model)
     if device.type == "mps":
@@ -132,6 +133,16 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
         evaluator, fitting, sample(silos.names, recipe), links, there, width, ranks,
     )  # fmt: skip
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Any, model: Any) -> None:
+    """Raise unless the model has an embedding for every token that the tokenizer makes."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise FedllmError(
+            f"The tokenizer of '{recipe.model}' makes {len(tokenizer):,} tokens and its model knows {rows:,}; put the "
+            "tokenizer beside the model with which it was trained."
+        )
 
 
 def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[str, Presence]:

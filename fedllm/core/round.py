@@ -108,6 +108,8 @@ def averaging(
             return state._replace(round=state.round + 1, transforms=memory), report
 
         mean = aggregate.done(total)
+        # It is the largest thing that a server holds, and the step makes another model.
+        del total
         cut = Cut(state.round, answered, weight)
         for place, transform in reversed(list(enumerate(transforms))):
             label = f"{place}.{transform.name}"
