@@ -158,6 +158,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         model = attached(recipe, trainable, device, dtype)
     else:
         model = trainable.attach(empty_model(recipe.model, kept_dtype(trainable, dtype)), recipe.seed)
+    if not endpoint:
+        check_vocabulary(recipe, tokenizer, model)
     autocast = None if trainable.adapter or dtype == torch.float32 else dtype
     objective = causal_loss(autocast)
     params: Tensors = parameters(model)
@@ -253,6 +255,16 @@ def make_method(
     if recipe.model == ENDPOINT and method.weights:
         raise FedllmError(f"algorithm '{method.name}' needs the model's weights, which an API does not give; {REMEDY}.")
     return method._replace(notes=[*method.notes, ("leaks", guard_note(recipe))]) if asked else method
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Any, model: Any) -> None:
+    """Raise unless the model has an embedding for every token that the tokenizer makes."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise FedllmError(
+            f"The tokenizer of '{recipe.model}' makes {len(tokenizer):,} tokens and its model knows {rows:,}; put the "
+            "tokenizer beside the model with which it was trained."
+        )
 
 
 def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[str, Presence]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 from fedllm.app.build import Parts, counts, longest, row_tokens
+from fedllm.app.catalog import make
 from fedllm.app.privacy import UNITS, hides_records, is_private, open_ends, planned_epsilons, said, uses
 from fedllm.core.plan import size
-from fedllm.core.types import Facts
+from fedllm.core.types import Facts, on_meta
 from fedllm.exchange.availability import told
 
 ADAMW_BYTES = 12
@@ -51,13 +52,14 @@ def plan_lines(parts: Parts) -> Iterator[str]:
         yield f"  {joint} {step.where:<6}  {step.name:<{width}}  {known}"
     yield "    └─▶ next round"
     yield ""
-    away = not any(shard.train for shard in parts.silos.shards.values())
     runtime = f"cohort, {parts.width} clients as one batch" if parts.width > 1 else "local, one client after another"
     trains = parts.method is None or parts.method.weights
     share = f"{plan.parameters:,} parameters ({plan.parameters / max(1, total):.2%}), {parts.trainable.name}"
     yield f"trained      {share if trains else 'nothing inside the model'}"
     yield f"on the wire  {amount(plan.bytes_down)} down, {amount(plan.bytes_up)} up, a client and round"
-    if away:
+    if parts.ranks:
+        runtime += f", each by {recipe.processes} processes"
+    if away(parts):
         runtime = "federation, each site on its own machine; the server's part"
     yield f"runs as      {runtime}, on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}"
     for word, sentence in parts.method.notes if parts.method else ():
@@ -92,12 +94,42 @@ def privacy_lines(parts: Parts) -> Iterator[str]:
 
 
 def memory(parts: Parts) -> int:
-    """Return the bytes expected: weights, training state, the mean, and one batch's activations."""
-    trained = parts.plan.parameters
-    weights = size(parts.model.parameters())
-    # A cohort holds every client's update; one by one there is one, and the server's total either way.
-    state = trained * (ADAMW_BYTES + 4 + 4) * parts.width + trained * MEAN_BYTES
-    return PROCESS_BYTES + weights + state + activations(parts)
+    """Return the bytes expected: weights, the server's half, and on one machine the silos' training and memory too."""
+    processes, weights = parts.recipe.processes, size(parts.model.parameters())
+    if away(parts):
+        return PROCESS_BYTES + weights + server(parts)
+    together = parts.ranks is not None
+    # A silo's own start, gradient, optimiser state and update; a cohort has those of all its members.
+    training = parts.plan.parameters * (ADAMW_BYTES + 4 + 4) * parts.width
+    running = PROCESS_BYTES * (1 + processes * together) + weights * (1 + together)
+    return running + server(parts) + training + activations(parts) + remembered(parts) * len(parts.silos.names)
+
+
+def server(parts: Parts) -> int:
+    """Return what the server holds: the first and the present parameters, optimiser state, the sum and an update."""
+    like = on_meta(parts.params)
+    part = sum(value.numel() for value in parts.algorithm.down(like).values())
+    state = parts.algorithm.init(like)
+    return 2 * size(like.values()) + size(state.optimiser.values()) + part * (MEAN_BYTES + 4)
+
+
+def remembered(parts: Parts) -> int:
+    """Return what a silo remembers between rounds: its optimiser's moments, weights of its own, codecs' errors."""
+    recipe, stage = parts.recipe, on_meta(parts.params)
+    whole = size(stage.values())
+    kept = (
+        2 * whole * (bool(recipe.client.get("keep_optimiser")) and recipe.client.get("optimiser", "adamw") == "adamw")
+    )
+    kept += 2 * whole * (recipe.share["name"] == "fragments")
+    for part in recipe.transforms:
+        sent, errors = make("transforms", part).encode(stage, {}, 0)
+        kept, stage = kept + size(errors.values()), dict(sent)
+    return kept
+
+
+def away(parts: Parts) -> bool:
+    """Say whether the silos' text lies on other machines."""
+    return not any(shard.train for shard in parts.silos.shards.values())
 
 
 def activations(parts: Parts) -> int:
@@ -116,7 +148,12 @@ def activations(parts: Parts) -> int:
 
 def memory_note(parts: Parts) -> str:
     """Say what most of the memory is."""
-    return f"weights {amount(size(parts.model.parameters()))}, activations about {amount(activations(parts))}"
+    told = f"weights {amount(size(parts.model.parameters()))}, the server's half {amount(server(parts))}"
+    if away(parts):
+        return f"{told}, whatever the number of sites"
+    kept = remembered(parts)
+    told += f", what {len(parts.silos.names)} silos remember {amount(kept * len(parts.silos.names))}" if kept else ""
+    return f"{told}, activations about {amount(activations(parts))}"
 
 
 def amount(count: float) -> str:

@@ -38,7 +38,7 @@ class Ranks:
         """Say what they train; nothing is started yet."""
         self._recipe, self._device, self._dtype = recipe, device, dtype
         self._folder: TemporaryDirectory[str] | None = None
-        self._each: list[subprocess.Popen[str]] = []
+        self._each: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Ranks:
         return self
@@ -98,7 +98,7 @@ class Ranks:
 
     def _ask(self, told: Mapping[str, Any], silo: Silo) -> None:
         """Let all processes do one round and hear of the steps; return when all are done."""
-        line = json.dumps(told) + "\n"
+        line, halves = (json.dumps(told) + "\n").encode(), [b"" for _ in self._each]
         with selectors.DefaultSelector() as waiting:
             for rank, each in enumerate(self._each):
                 assert each.stdin and each.stdout
@@ -110,14 +110,15 @@ class Ranks:
                 waiting.register(each.stdout, selectors.EVENT_READ, rank)
             while waiting.get_map():
                 for key, _ in waiting.select():
-                    said = self._each[key.data].stdout.readline()  # type: ignore[union-attr]
+                    said = os.read(key.fd, 1 << 16)
                     if not said:
                         raise FedllmError(self._failed(key.data))
-                    heard = json.loads(said)
-                    if "done" in heard:
-                        waiting.unregister(key.fileobj)
-                    else:
-                        silo.tick(heard["tokens"])
+                    *lines, halves[key.data] = (halves[key.data] + said).split(b"\n")
+                    for heard in map(json.loads, lines):
+                        if "done" in heard:
+                            waiting.unregister(key.fileobj)
+                        else:
+                            silo.tick(heard["tokens"])
 
     def _start(self) -> None:
         self._folder, self._idle = TemporaryDirectory(prefix="fedllm-ranks-"), True
@@ -141,7 +142,6 @@ class Ranks:
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=log,
-                        text=True,
                         env=env,
                         # Ctrl-C is for the run, which then ends them.
                         start_new_session=True,

@@ -117,6 +117,8 @@ def averaging(
             return state._replace(round=state.round + 1, transforms=memory), report
 
         mean = aggregate.done(total) if answered else {name: torch.zeros_like(value) for name, value in like.items()}
+        # It is the largest thing that a server holds, and the step makes another model.
+        del total
         cut = Cut(state.round, answered, weight)
         for label, transform in reversed(list(zip(labels, now, strict=True))):
             mean, kept = transform.finish(mean, below(label, memory), cut)

@@ -14,6 +14,9 @@ from fedllm.federation.members import of
 
 MODULE = "nvflare.private.fed.app.server.server_train"
 
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Lets the C library give back what is free: otherwise up to three more models lie about (benchmarks.server_memory)."""
+
 
 def serve(folder: Path, loop: str) -> None:
     """Serve a federation until SIGTERM; runs that are wanted go on whenever their sites are there.
@@ -29,7 +32,7 @@ def serve(folder: Path, loop: str) -> None:
         with FileLock(folder / "server.lock", timeout=0), until_told() as stop:
             # Written anew, so that the folder may have moved and sites may have been added.
             kits.server_kit(folder, consortium)
-            env = {"FEDLLM_FOLDER": str(folder), "FEDLLM_LOOP": loop}
+            env = {"FEDLLM_FOLDER": str(folder), "FEDLLM_LOOP": loop, **GIVEN_BACK}
             command = [MODULE, "-m", str(folder / "server"), "-s", "fed_server.json", "--set"]
             command += ["secure_train=true", "org=fedllm", "config_folder=config"]
             keep(command, env, folder / "server" / "output.log", stop, lambda: beat(folder))

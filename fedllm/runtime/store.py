@@ -106,6 +106,21 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def require_same(folder: Path, kept: State, fresh: State) -> None:
+    """Raise unless a checkpoint has the parameters and the optimiser's state of the run that a recipe makes afresh."""
+    for what, own, known in (
+        ("model or trainable", kept.params, fresh.params),
+        ("optimiser", kept.optimiser, fresh.optimiser),
+    ):
+        shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (own, known)]
+        if shapes[0] != shapes[1]:
+            odd = sorted(dict(shapes[0].items() ^ shapes[1].items()))[0]
+            raise FedllmError(
+                f"The checkpoint in '{folder}' is of another {what} than its recipe.toml says (first at '{odd}'); put "
+                "the recipe back as it was, or begin a new run."
+            )
+
+
 def read_events(folder: Path) -> list[Event]:
     """Return the whole lines of a run's events; what a kill left of the last one is not a line."""
     path = folder / "events.jsonl"

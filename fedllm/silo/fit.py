@@ -107,7 +107,7 @@ def fit(
             batch = collate(rows, pad_id, device)
             each_C = objective(model, batch).view(clients, -1).sum(1) / scored_C * counts
             # Of gradients in several processes FSDP2 takes the mean, where their sum is due.
-            (each_C.sum() * part.count).backward()
+            (each_C.sum() * part.size).backward()
             loss_C += each_C.detach() / steps
         if settings.proximal:
             pull_back(params, start, settings.proximal)
@@ -130,8 +130,8 @@ def passes(drawn: Sequence[list[Example]], micro_batch: int, part: Part) -> Iter
     All processes make as many passes, since their layers come together in each: who has no row left takes one that does
     not count.
     """
-    share = [member[part.rank :: part.count] for member in drawn]
-    for first in range(0, -(-len(drawn[0]) // part.count), micro_batch):
+    share = [member[part.rank :: part.size] for member in drawn]
+    for first in range(0, -(-len(drawn[0]) // part.size), micro_batch):
         rows = [row for member in share for row in member[first : first + micro_batch]]
         yield rows or drawn[0][:1], int(bool(rows))
 
@@ -148,7 +148,7 @@ def clip_each(params: Mapping[str, nn.Parameter], clients: int, max_norm: float,
     grads = [own(value.grad) for value in params.values() if value.grad is not None]
     norms = [torch.linalg.vector_norm(grad.reshape(clients, grad.numel() // clients), dim=1) for grad in grads]
     norm_C = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    if part.count > 1:
+    if part.size > 1:
         norm_C = part.total(norm_C.square()).sqrt()
     scale_C = (max_norm / norm_C.clamp(min=1e-12)).clamp(max=1.0)
     for grad in grads:

@@ -16,10 +16,10 @@ from fedllm.core.types import Tensors
 
 
 class Part(NamedTuple):
-    """The part that one of `count` processes has in training one model."""
+    """The part that one of `size` processes has in training one model."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
     total: Callable[[Tensor], Tensor] = lambda value: value
     """The sum of a plain tensor over all processes."""
 
@@ -65,7 +65,7 @@ def own(value: Tensor) -> Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def spread(value: Tensor, like: Tensor) -> Tensor:
+def spread(value: Tensor, like: Any) -> Tensor:
     """Return a whole tensor, the same in all processes, sharded as another one is."""
     if not hasattr(like, "placements"):
         return value

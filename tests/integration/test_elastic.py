@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 import fedllm
 from fedllm.app.build import build
 from fedllm.app.config import read_recipe
-from fedllm.app.plan_view import plan_lines
+from fedllm.app.plan_view import amount, plan_lines, remembered
 from fedllm.app.progress import Ui
 from fedllm.core.errors import FedllmError, Interrupted
+from fedllm.core.plan import size
+from fedllm.core.types import Request
 from fedllm.runtime.store import read_events
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -89,3 +91,26 @@ def test_the_plan_shows_it_and_a_federation_refuses_it(place):
         recipe(place, availability={"slow": 5})
     with pytest.raises(FedllmError, match=r"'availability\.drop' is 1\.5"):
         recipe(place, availability={"drop": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "models"),
+    [
+        ({"transforms": [], "client": {"steps": 1}}, 0),
+        ({}, 3),
+        ({"share": {"name": "fragments", "count": 2}}, 5),
+        ({"client": {"steps": 1, "optimiser": "sgd", "keep_optimiser": True}}, 1),
+    ],
+    ids=str,
+)
+def test_the_plan_knows_what_silos_remember(place, changes, models):
+    parts = build(recipe(place, availability=None, **changes))
+    request = Request("a", 0, "train", parts.params)
+    _, kept = parts.algorithm.client(request, parts.open_silo(lambda tokens: None)("a"))
+    found, whole = size(kept.values()), size(parts.params.values())
+    if "share" in changes:
+        # So far it has the error of one fragment; in time it has those of all.
+        found += size(value for name, value in parts.params.items() if f"0.int4/{name}" not in kept)
+    assert remembered(parts) == models * whole == pytest.approx(found, abs=200)
+    lines = list(plan_lines(parts))
+    assert any(f"what 3 silos remember {amount(3 * models * whole)}" in line for line in lines) == bool(models)

@@ -1,0 +1,94 @@
+"""What the server of a full-weights DiLoCo run holds at most, in float32 models, over 2, 8 and 32 silos.
+
+Each count runs in a process of its own. Two rounds of a model of 20 M values, whose replies are files as those of sites
+are, with Nesterov's momentum and a checkpoint after each; counted is what comes on top of Python and torch.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.common import keep
+from fedllm.core.aggregate import mean
+from fedllm.core.optimisers import nesterov
+from fedllm.core.round import averaging
+from fedllm.core.types import Reply, Request, Work
+from fedllm.federation.serve import GIVEN_BACK
+from fedllm.runtime.spool import load_message, save_message
+from fedllm.runtime.store import Checkpoint, save_checkpoint
+
+VALUES, TENSORS = 20_000_000, 40
+COUNTS = (2, 8, 32)
+
+
+def peak() -> float:
+    """Return the most memory that this process has had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1)
+
+
+def now() -> float:
+    """Return the memory that this process has, in bytes; where the system does not say, the most that it has had."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * resource.getpagesize() if told.exists() else peak()
+
+
+def rounds(count: int) -> None:
+    """Run two rounds with so many silos and print the peak in bytes, of the rounds and with the checkpoints."""
+    names = [f"silo_{number}" for number in range(count)]
+    algorithm = averaging(
+        work=Work(lambda request, silo: (Reply("", 0, {}, 1.0), {})),
+        select=lambda number: names,
+        aggregate=mean(),
+        optimiser=nesterov(),
+    )
+    with TemporaryDirectory() as apart:
+        place = Path(apart)
+        shape = VALUES // TENSORS
+        save_message(place / "reply", {f"layer_{i}": torch.full((shape,), 1e-3) for i in range(TENSORS)}, {})
+        before = now()
+        state = algorithm.init({f"layer_{i}": torch.zeros(shape) for i in range(TENSORS)})
+
+        def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
+            for request in requests:
+                yield Reply(request.client, request.round, load_message(place / "reply")[0], 1.0)
+
+        for _ in range(2):
+            state, _ = algorithm.server(state, exchange)
+        computed = peak() - before
+        for _ in range(2):
+            save_checkpoint(place, Checkpoint(state, {}))
+        print(computed, peak() - before)
+
+
+def child(count: int, env: Mapping[str, str]) -> list[float]:
+    """Return what `rounds` prints in a process of its own, in float32 models."""
+    command = [sys.executable, "-m", "benchmarks.server_memory", str(count)]
+    env = {**os.environ, **env}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-2:]
+    return [round(float(each) / (4 * VALUES), 2) for each in said]
+
+
+def main() -> None:
+    """Measure every count, print and keep what came out."""
+    if len(sys.argv) == 2:
+        rounds(int(sys.argv[1]))
+        return
+    found = {count: child(count, GIVEN_BACK) for count in COUNTS}
+    usual = child(COUNTS[0], {})
+    for count, (computed, stored) in found.items():
+        print(f"{count} silos: {computed} models in the rounds, {stored} with the checkpoints")
+    print(f"{COUNTS[0]} silos: {usual[1]} models where the C library keeps what is free")
+    result = {f"models_{count}": stored for count, (_, stored) in found.items()}
+    keep("server_memory", {**result, "models_usual_malloc": usual[1]})
+
+
+if __name__ == "__main__":
+    main()
