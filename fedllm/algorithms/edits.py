@@ -72,7 +72,9 @@ def edited(text: str, bank: Sequence[str], draw: random.Random) -> str:
         one, other = draw.sample(range(len(phrases)), 2)
         phrases[one], phrases[other] = phrases[other], phrases[one]
     elif kind == "add":
-        phrases.insert(draw.randint(0, len(phrases)), draw.choice(list(bank)))
+        # Between sentences, not inside them.
+        ends = [at + 1 for at, phrase in enumerate(phrases[:-1]) if phrase[-1] in ".!?:"]
+        phrases.insert(draw.choice([0, *ends, len(phrases)]), draw.choice(list(bank)))
     return " ".join(phrases)
 
 

@@ -58,11 +58,13 @@ def word_scores(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits_RTV, done = read(model, rows, earlier, pad_id, keep)
             last_RV = logits_RTV[torch.arange(len(rows)), torch.tensor([len(row) - 1 - keep for row in rows])]
-            log_probs_RV = last_RV.log_softmax(-1)
+            heads = sorted({word[0] for place in places for word in contexts.words[place]})
+            # Only what is asked for is normalised: the vocabulary is wide.
+            top_RW = last_RV[:, heads] - last_RV.logsumexp(-1, keepdim=True)
+            for place, row in zip(places, top_RW.tolist(), strict=True):
+                value = dict(zip(heads, row, strict=True))
+                scores[place] = [value[word[0]] for word in contexts.words[place]]
             more = 0
-            for number, place in enumerate(places):
-                heads = torch.tensor([word[0] for word in contexts.words[place]], device=device)
-                scores[place] = log_probs_RV[number, heads].tolist()
             for number, stem, log_probs_TV in stems(model, contexts, places, done, pad_id, batch_size):
                 more += len(stem)
                 add_tails(scores[places[number]], contexts.words[places[number]], stem, log_probs_TV)

@@ -16,7 +16,7 @@ pytest.importorskip("cma")
 
 SEARCHES = {
     "black_box": {"dim": 5, "population": 6, "examples": 3},
-    "fedbpt": {"dim": 5, "population": 6, "generations": 2, "examples": 3},
+    "fedbpt": {"dim": 5, "population": 4, "generations": 2, "examples": 2, "perturb": 0.0},
     "text_prompt": {"prompt": "Say it. Be kind.", "calls": 130, "candidates": 5, "keep": 2, "examples": 3},
 }
 
@@ -80,4 +80,5 @@ def test_killed_between_its_line_and_its_checkpoint_it_ends_with_the_same_bits(n
     if name == "text_prompt":
         # A round takes 45 calls: 45, 45, and of the 40 left two examples' worth, 30; the fourth asks nobody.
         assert [round["calls_spent"] for round in told(straight)[:4]] == [45, 90, 120, 120]
+        assert "120 spent, 10 left" in (killed / "report.html").read_text()
         assert search["calls_left"] == 10 and told(straight)[3]["clients"] == 0

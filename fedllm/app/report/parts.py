@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fedllm.app.report.cleaning import cleaned_away
@@ -161,6 +162,18 @@ def resumed(run: Run) -> str:
     return f", resumed {'once' if again == 1 else f'{again} times'}" if again > 0 else ""
 
 
+def found_by_search(search: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a search found and spent."""
+    best, spent, left = (search.get(key) for key in ("best_score", "calls_spent", "calls_left"))
+    tokens = search.get("tokens_spent")
+    return {
+        "Prompt": str(search.get("prompt", "")),
+        "Best score": f"{best:.3f} (lower is better)" if is_number(best) else "",
+        "Calls of the model": f"{number(spent)} spent, {number(left)} left" if is_number(spent) else "",
+        "Tokens of these calls": number(tokens) if is_number(tokens) else "",
+    }
+
+
 def about(run: Run) -> list[tuple[str, str]]:
     """Return the facts of the model, the machine and the versions."""
     start = run.start
@@ -182,6 +195,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         "Rounds": rounds + resumed(run),
         "Runtime": start.get("runtime"),
         "Over the recipe's links": f"{over:,.0f} s; data-parallel training {parallel:,.0f} s" if over else "",
+        **found_by_search(part(run.metrics, "search")),
         "Cleaned away": cleaned_away(part(start, "cleaned")),
         "Device": ", ".join(str(start[key]) for key in ("device", "dtype") if start.get(key)),
         "Machine": start.get("machine"),
