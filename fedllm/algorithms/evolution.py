@@ -18,8 +18,8 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import derive
 from fedllm.core.types import Tensors
 
-LEAST = 6
-"""Candidates of a generation, at least: with fewer `cma` mirrors them, from memory of the generation before."""
+LEAST = 4
+"""Candidates of a generation, at least."""
 
 
 class Search(NamedTuple):
@@ -48,15 +48,28 @@ def begin(search: Search) -> dict[str, Tensor]:
     return kept(strategy(search, np.zeros(search.dim), search.sigma, 0))
 
 
+def at(search: Search, mean_D: Tensor, sigma: float, covariance_DD: Tensor) -> dict[str, Tensor]:
+    """Return the state of a search that begins at a distribution."""
+    es = strategy(search, mean_D.double().numpy(), sigma, 0)
+    es.sm.C = np.ascontiguousarray(covariance_DD.double().numpy())
+    es.sm.update_now(-1)
+    return kept(es)
+
+
 def ask(search: Search, state: Tensors) -> Tensor:
     """Return the next generation's candidates_PD (float32), always the same for a state; nothing changes."""
     points = restored(search, state).ask()
     return torch.tensor(np.stack(points), dtype=torch.float32)
 
 
-def tell(search: Search, state: Tensors, candidates_PD: Tensor, scores_P: Tensor) -> dict[str, Tensor]:
-    """Return the state after a generation; lower scores are better. The candidates may be others than were asked."""
-    es = restored(search, state)
+def tell(
+    search: Search, state: Tensors, candidates_PD: Tensor, scores_P: Tensor, parents: int | None = None
+) -> dict[str, Tensor]:
+    """Return the state after a generation; lower scores are better. The candidates may be others than were asked.
+
+    `parents` are those that the new mean is made of, by default the better half.
+    """
+    es = restored(search, state, parents)
     # `cma` is told of a generation only after it was asked for one.
     es.ask()
     with warnings.catch_warnings():
@@ -67,7 +80,7 @@ def tell(search: Search, state: Tensors, candidates_PD: Tensor, scores_P: Tensor
     return kept(es)
 
 
-def strategy(search: Search, mean_D: np.ndarray, sigma: float, generation: int) -> Any:
+def strategy(search: Search, mean_D: np.ndarray, sigma: float, generation: int, parents: int | None = None) -> Any:
     """Return a fresh strategy; its random numbers are those of the generation alone."""
     try:
         # It says at import that it cannot draw figures.
@@ -82,6 +95,8 @@ def strategy(search: Search, mean_D: np.ndarray, sigma: float, generation: int) 
     random = np.random.default_rng(derive(search.seed, "generation", generation))
     options = {
         "popsize": search.population,
+        "CMA_mu": parents,
+        "CMA_mirrors": 0,
         "randn": lambda *shape: random.standard_normal(shape),
         "seed": float("nan"),
         "AdaptSigma": CMAAdaptSigmaCSA,
@@ -103,11 +118,11 @@ def kept(es: Any) -> dict[str, Tensor]:
     return state
 
 
-def restored(search: Search, state: Tensors) -> Any:
+def restored(search: Search, state: Tensors, parents: int | None = None) -> Any:
     """Return the strategy that a state was kept of."""
     counts = [int(count) for count in state["counts"]]
     array = {name: value.cpu().double().numpy().copy() for name, value in state.items() if name != "counts"}
-    es = strategy(search, array["mean"], float(array["sigma"][0]), counts[0])
+    es = strategy(search, array["mean"], float(array["sigma"][0]), counts[0], parents)
     es.sigma0 = search.sigma
     es.countiter, es.countevals = counts[0], counts[1]
     es.sm.count_tell, es.sm.last_update, es.sm.count_eigen = counts[2:]

@@ -20,7 +20,6 @@ from fedllm.app.voices import (
     endpoint_of,
     guard_note,
     guard_of,
-    nothing,
     rows_of,
     speaker_for,
     words_task,
@@ -33,6 +32,7 @@ from fedllm.core.types import Algorithm, Client, Dataset, Select, Silo, State, T
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
+from fedllm.silo import trainables
 from fedllm.silo.cohort import stackable
 from fedllm.silo.endpoint import Endpoint
 from fedllm.silo.evaluate import held_out
@@ -107,7 +107,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     asked = asking(recipe.task) if CATALOG["algorithm"].get(recipe.algorithm["name"]) in SEND_PROMPTS else None
     tokenizer = None if endpoint else load_tokenizer(recipe.model)
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
-    trainable = nothing() if endpoint or asked else make("trainable", recipe.trainable)
+    trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable)
     silos = Silos({name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task, asked)
     if not elsewhere:
         silos.check()
@@ -134,6 +134,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms, asked, speaker)
     if method:
         params = method.start
+    elif not params:
+        raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedllm.algorithms import chains, exemplars, self_consistency, templates
+from fedllm.algorithms import black_box, chains, exemplars, fedbpt, self_consistency, templates, text_prompt
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import averaging, everything
@@ -22,13 +22,17 @@ from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, trai
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "algorithm": {
         "averaging": averaging,
+        "black_box": black_box.black_box,
         "exemplars": exemplars.exemplars,
         "fed_dp_cot": chains.fed_dp_cot,
         "fed_sp_sc": self_consistency.fed_sp_sc,
+        "fedbpt": fedbpt.fedbpt,
         "templates": templates.templates,
+        "text_prompt": text_prompt.text_prompt,
     },
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
     "trainable": {
+        "none": trainables.none,
         "full": trainables.full,
         "lora": trainables.lora,
         "dora": trainables.dora,

@@ -182,10 +182,16 @@ def close(folder: Path) -> None:
     out.print(comparison(metrics))
     out.print(verdict(metrics), highlight=False, markup=False)
     out.print()
-    for what, name in (("Report", "report.html"), ("Adapter", "adapter"), ("Model", "model")):
+    for what, name in (
+        ("Report", "report.html"),
+        ("Adapter", "adapter"),
+        ("Model", "model"),
+        ("Prompt", "prompt/prompt.json"),
+    ):
         if (folder / name).exists():
             say(f"{what + ':':<9}{folder / name}")
-    say(f"Talk:    fedllm chat {folder}")
+    if not (folder / "prompt").is_dir():
+        say(f"Talk:    fedllm chat {folder}")
 
 
 def main() -> None:

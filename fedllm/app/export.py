@@ -40,7 +40,7 @@ def export_run(folder: Path, to: Path | None = None, merged: bool = False) -> Pa
 def written(folder: Path) -> Path | None:
     """Return the folder of a run's result once it is there as a whole."""
     if is_finished(folder):
-        return next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
+        return next((folder / name for name in ("adapter", "model", "prompt") if (folder / name).is_dir()), None)
     return None
 
 

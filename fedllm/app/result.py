@@ -64,6 +64,10 @@ def open_run(folder: Path, base: bool, dtype: str | None, device: str | None) ->
         model = load(source, kind, where)
         return Opened(model, load_tokenizer(source), recipe, source, f"the base model {source}", nullcontext)
     finished = is_finished(folder)
+    if recipe.algorithm["name"] != "averaging" and not (finished and (folder / "adapter").is_dir()):
+        where = f"is the text in '{folder / 'prompt'}', to be put before what a model is asked"
+        later = f"is there when it has come to its end; `fedllm resume {folder}` goes on"
+        raise FedllmError(f"The result of '{recipe.algorithm['name']}' {where if finished else later}.")
     if finished and trainable.adapter:
         return open_adapter(folder / "adapter", False, kind, where)._replace(recipe=recipe, note=f"the run {folder}")
     if finished:

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from fedllm.runtime.store import read_events, write_text
 
+SEARCH = ("score", "best_score", "prompt", "calls_spent", "calls_left", "tokens_spent", "tokens_left")
+"""What the last round of a search tells of it."""
+
 
 def write_metrics(folder: Path) -> dict[str, Any]:
     """Sum a run's events up in `metrics.json`."""
@@ -56,6 +59,8 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         metrics["peak_mb"] = last(events, "done")["peak_mb"]
     if rounds and "aggregation_error" in rounds[-1]:
         metrics["aggregation_error"] = rounds[-1]["aggregation_error"]
+    if found := {key: rounds[-1][key] for key in SEARCH if rounds and key in rounds[-1]}:
+        metrics["search"] = found
     for key in ("simulated_seconds", "data_parallel_seconds"):
         if any(key in event for event in rounds):
             metrics[key] = sum(event.get(key, 0.0) for event in rounds)

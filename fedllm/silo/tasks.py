@@ -33,6 +33,8 @@ class Task(NamedTuple):
     label: str | None = None
     words: Sequence[str] = ()
     cue: str = ""
+    template: str = ""
+    """How a row is asked, `{text}` standing for it, where all rows are asked alike."""
 
 
 def instruct(
@@ -167,7 +169,7 @@ def classify(
         return Prepared(examples, len(rows) - len(examples))
 
     cue = template.rpartition("{text}")[2]
-    return Task("classify", prepare, label, tuple(words.values()) if words else (), cue)
+    return Task("classify", prepare, label, tuple(words.values()) if words else (), cue, template)
 
 
 def label_word(label: str, words: Mapping[str, str] | None) -> str:

@@ -65,6 +65,15 @@ def write(params: dict[str, nn.Parameter], tensors: Tensors) -> None:
             params[name].copy_(value)
 
 
+def none() -> Trainable:
+    """Learn nothing in the model: for algorithms whose result is a text."""
+
+    def attach(model: nn.Module, seed: int) -> nn.Module:
+        return model.requires_grad_(False)
+
+    return Trainable("none", attach, lambda model: nullcontext(), lambda model: model, adapter=True)
+
+
 def full() -> Trainable:
     """Train all weights, kept in float32 whatever type they are computed in."""
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedllm.core.types import ignore
+from fedllm.silo.examples import IGNORED, Example, collate
 from fedllm.silo.reading import Read, read
 
 STEMS = 4
@@ -107,6 +109,40 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
     >>> shared_length([(1, 2, 3), (1, 2, 4)]), shared_length([(1, 2), (1, 2)])
     (2, 1)
     """
-    shortest, longest = min(rows), max(rows)
-    alike = next((at for at, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))
+    alike = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return min(alike, min(map(len, rows)) - 1)
+
+
+def label_scores(
+    model: nn.Module,
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    *,
+    pad_id: int,
+    before: Read | None,
+    batch_size: int = 16,
+    tick: Callable[[int], None] = ignore,
+) -> list[float]:
+    """Return the summed log-probability of each example's scored tokens, read after that row of what was `before`."""
+    sums = [0.0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+    device = next(model.parameters()).device
+    model.eval()
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        batch = collate([examples[place] for place in places], pad_id, device)
+        scored_T = (batch.labels_BT[:, 1:] != IGNORED).any(0)
+        if bool(scored_T.any()):
+            keep = int(scored_T.int().argmax())
+            texts = [examples[place].input_ids for place in places]
+            earlier = before.rows([rows[place] for place in places]) if before else None
+            logits_RTV, _ = read(model, texts, earlier, pad_id, keep)
+            next_RT = functional.pad(batch.labels_BT[:, keep + 1 :], (0, 1), value=IGNORED)
+            nll_RT = functional.cross_entropy(
+                logits_RTV.flatten(0, 1), next_RT.flatten(), ignore_index=IGNORED, reduction="none"
+            ).view(next_RT.shape)
+            for place, nll in zip(places, nll_RT.sum(1).tolist(), strict=True):
+                sums[place] = -nll
+        tick(sum(len(examples[place].input_ids) for place in places))
+    return sums

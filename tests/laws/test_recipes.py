@@ -43,12 +43,13 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
         table["task"]["block"] = 16
     table["data"] = {**table.get("data", {}), "root": str(folder), "limit_test": 4}
     table |= {"model": str(model), "rounds": 2, "dtype": "float32", "device": "cpu"}
+    algorithm = table.get("algorithm", {})
     if "client" in table:
         table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
-    for key in {"pool", "public"} & table.get("algorithm", {}).keys():
-        table["algorithm"][key] = f"{names[0]}.jsonl"
-    for key in {"tokens", "batch", "samples"} & table.get("algorithm", {}).keys():
-        table["algorithm"][key] = 2
+    if algorithm.get("name") in ("black_box", "fedbpt", "text_prompt"):
+        algorithm["examples"] = 2
+    algorithm |= {key: f"{names[0]}.jsonl" for key in {"pool", "public"} & algorithm.keys()}
+    algorithm |= {key: 2 for key in {"tokens", "batch", "samples"} & algorithm.keys()}
     return read_recipe(table)
 
 
@@ -56,8 +57,7 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
     if recipe.scratch is None:
-        step = "aggregate" if recipe.algorithm["name"] == "averaging" else "server"
-        assert any(step in line for line in plan_lines(build(recipe, weights=False)))
+        assert any("server" in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2
@@ -70,5 +70,7 @@ def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
         if recipe.trainable["name"] != "full"
         else ("model", "model.safetensors")
     )
+    if recipe.trainable["name"] == "none":
+        result = ("prompt", "prompt.json")
     assert run.joinpath(*result).exists()
     assert (run / "report.html").stat().st_size > 10_000

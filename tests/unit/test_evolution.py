@@ -57,7 +57,7 @@ def test_the_mean_moves_by_the_weights_of_the_better_half():
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"), [((1, 8, 1.0), "dim"), ((4, 5, 1.0), "population"), ((4, 8, 0.0), "sigma")]
+    ("settings", "word"), [((1, 8, 1.0), "dim"), ((4, 3, 1.0), "population"), ((4, 8, 0.0), "sigma")]
 )
 def test_settings_that_cannot_search_are_refused(settings, word):
     with pytest.raises(FedllmError, match=f"algorithm.{word}"):
