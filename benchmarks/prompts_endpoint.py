@@ -29,7 +29,7 @@ def endpoint_error(model: str = SMOLLM2) -> dict[str, float | int]:
     """Score prompts with label words at the endpoint and in process; return the largest and the mean difference."""
     pairs = [(f"{prompt}Review: {text}\nSentiment:", word) for prompt in PROMPTS for text in TEXTS for word in WORDS]
     with served(model) as url:
-        endpoint = Endpoint(Address(url, name_of(model)))
+        endpoint = Endpoint(Address(url, name_of(model), timeout=600))
         endpoint.check()
         there = endpoint.score(shuffled(pairs))
         endpoint.close()

@@ -23,7 +23,6 @@ from fedllm.app.voices import (
     endpoint_of,
     guard_note,
     guard_of,
-    nothing,
     rows_of,
     speaker_for,
     words_task,
@@ -39,6 +38,7 @@ from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
+from fedllm.silo import trainables
 from fedllm.silo.cohort import stackable
 from fedllm.silo.dp_sgd import Guard
 from fedllm.silo.endpoint import Endpoint
@@ -131,7 +131,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     asked = asking(recipe.task) if CATALOG["algorithm"].get(recipe.algorithm["name"]) in SEND_PROMPTS else None
     tokenizer = None if endpoint else load_tokenizer(recipe.model)
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
-    trainable = nothing() if endpoint or asked else make("trainable", recipe.trainable)
+    trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable)
     shards = {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe)
     silos = Silos(shards, task, recipe.evaluate.examples, asked)
     if not elsewhere:

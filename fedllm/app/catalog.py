@@ -35,12 +35,12 @@ from fedllm.silo import cleaning, dedupe, dp_sgd, partition, pii, quality, tasks
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "algorithm": {
         "averaging": averaging,
+        "black_box": black_box.black_box,
         "exemplars": exemplars.exemplars,
         "fed_dp_cot": chains.fed_dp_cot,
         "fed_sp_sc": self_consistency.fed_sp_sc,
-        "templates": templates.templates,
-        "black_box": black_box.black_box,
         "fedbpt": fedbpt.fedbpt,
+        "templates": templates.templates,
         "text_prompt": text_prompt.text_prompt,
     },
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},

@@ -53,9 +53,11 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     yield "    └─▶ next round"
     yield ""
     runtime = f"cohort, {parts.width} clients as one batch" if parts.width > 1 else "local, one client after another"
-    trains = parts.method is None or parts.method.weights
-    share = f"{plan.parameters:,} parameters ({plan.parameters / max(1, total):.2%}), {parts.trainable.name}"
-    yield f"trained      {share if trains else 'nothing inside the model'}"
+    if not parts.method:
+        share = plan.parameters / max(1, total)
+        yield f"trained      {plan.parameters:,} parameters ({share:.2%}), {parts.trainable.name}"
+    elif not parts.method.weights:
+        yield "trained      nothing inside the model"
     yield f"on the wire  {amount(plan.bytes_down)} down, {amount(plan.bytes_up)} up, a client and round"
     if parts.ranks:
         runtime += f", each by {recipe.processes} processes"

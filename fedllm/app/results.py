@@ -33,7 +33,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the numbers of a run from its events."""
     rounds = [event for event in events if event["event"] == "round"]
-    looked = [event for event in rounds if event.get("loss")]
+    looked = [event for event in rounds if event.get("loss") or event.get("accuracy")]
     alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone" and "loss" in event}
     metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
     for key in ("loss", "accuracy"):

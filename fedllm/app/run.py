@@ -121,11 +121,8 @@ def built(recipe: Recipe, ui: Ui, secret: bytes | None = None) -> Parts:
             ui.say(f"{name} cleaned: {counted(shard.cleaned)}")
     if parts.endpoint:
         ui.say(parts.endpoint.check())
-    if parts.method and not parts.method.weights:
-        ui.say(f"{parts.method.name}: prompts alone, nothing inside the model is trained; {computed(parts)}")
-    else:
-        learned = parts.method.name if parts.method else f"{parts.plan.parameters:,} parameters trained"
-        ui.say(f"{learned} ({parts.trainable.name}), {computed(parts)}")
+    learned = parts.method.name if parts.method else f"{parts.plan.parameters:,} parameters trained"
+    ui.say(f"{learned} ({parts.trainable.name}), {computed(parts)}")
     return parts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +20,6 @@ from fedllm.silo.purse import Budget
 from fedllm.silo.questions import Asking
 from fedllm.silo.speaker import Speaker
 from fedllm.silo.tasks import Prepared, Task
-from fedllm.silo.trainables import Trainable
 
 REMEDY = "name a local model, or an algorithm that only sends prompts: exemplars, fed_sp_sc, fed_dp_cot, templates"
 
@@ -110,8 +108,3 @@ def words_task(recipe: Recipe, asking: Asking | None) -> Task:
         return Prepared(found, len(rows) - len(found))  # type: ignore[arg-type]
 
     return Task(recipe.task["name"], prepare, recipe.task.get("label"), asking.words)
-
-
-def nothing() -> Trainable:
-    """Learn nothing inside the model, which is not here."""
-    return Trainable("nothing", lambda model, seed: model, lambda model: nullcontext(), lambda model: model, True)

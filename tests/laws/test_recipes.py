@@ -46,27 +46,21 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     if "general" in table.get("evaluate", {}):
         (folder / "general.jsonl").write_text(json.dumps({"text": "The cat sat on the mat, and the dog did not."}))
         table["evaluate"] = {**table["evaluate"], "general": "general.jsonl"}
+    algorithm = table.get("algorithm", {})
     if "client" in table:
         table["client"] = {**table["client"], "steps": 1, "batch_size": 2}
-    if table.get("algorithm", {}).get("name") in LAST:
-        table["algorithm"]["examples"] = 2
-    for key in {"pool", "public"} & table.get("algorithm", {}).keys():
-        table["algorithm"][key] = f"{names[0]}.jsonl"
-    for key in {"tokens", "batch", "samples"} & table.get("algorithm", {}).keys():
-        table["algorithm"][key] = 2
+    if algorithm.get("name") in ("black_box", "fedbpt", "text_prompt"):
+        algorithm["examples"] = 2
+    algorithm |= {key: f"{names[0]}.jsonl" for key in {"pool", "public"} & algorithm.keys()}
+    algorithm |= {key: 2 for key in {"tokens", "batch", "samples"} & algorithm.keys()}
     return read_recipe(table)
-
-
-LAST = {"black_box": "aggregate", "fedbpt": "aggregate", "text_prompt": "keep"}
-"""What the plan's diagram says of the methods that search; the others answer questions."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_plans_and_runs_two_rounds(path, model, tmp_path):
     recipe = tiny_recipe(path, model, tmp_path)
     if recipe.scratch is None:
-        step = {"averaging": "aggregate", **LAST}.get(recipe.algorithm["name"], "server")
-        assert any(step in line for line in plan_lines(build(recipe, weights=False)))
+        assert any("server" in line for line in plan_lines(build(recipe, weights=False)))
     run = fedllm.run(recipe, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["rounds"] == 2

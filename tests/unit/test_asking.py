@@ -135,7 +135,8 @@ def test_nothing_in_a_reply_is_trusted_and_those_who_sit_out_are_counted():
          {**as_tensors("asked", ["a"]), **as_tensors("answered", ["ugly"])}),
         (lambda r: templates.read(r, 3, None, 1), {"vote": torch.tensor([3]), **as_tensors("new", [])}),
         (lambda r: templates.read(r, 3, 1.0, 1), {"vote": torch.tensor([1]), **as_tensors("new", ["{text}"] * 2)}),
-        (lambda r: self_consistency.read_votes(r, 4), {"numbers": torch.ones(2).long(), **as_tensors("answers", ["a"])}),
+        (lambda r: self_consistency.read_votes(r, 4), {"numbers": torch.ones(2).int(), **as_tensors("answers", ["a"])}),
+        (lambda r: self_consistency.read_votes(r, 4), {"numbers": torch.ones(9).long(), **as_tensors("answers", "a")}),
     ],
 )  # fmt: skip
 def test_a_reply_of_another_shape_is_refused(read, tensors):
