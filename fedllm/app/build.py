@@ -81,9 +81,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     tokenizer = load_tokenizer(recipe.model)
     task = make("task", recipe.task, tokenizer)
     trainable = make("trainable", recipe.trainable)
-    silos = Silos(
-        {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task, recipe.evaluate.examples
-    )
+    shards = {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe)
+    silos = Silos(shards, task, tested=recipe.evaluate.examples)
     if not elsewhere:
         silos.check()
     select = make("select", recipe.select, silos.names, seed=recipe.seed)
