@@ -54,6 +54,7 @@ NO = [
     ("clip", {"clip": 1}, {}, r"clipped at a norm of 1 or lower.*this recipe does not end in a clip"),
     ("clip", {"clip": 1}, {"transforms": [clip(1.01)]}, r"this recipe clips at 1\.01"),
     ("epsilon", {"epsilon": 8.0}, {}, r"epsilon 8 or lower, which no recipe of fedllm 0\.1\.0 can guarantee yet"),
+    ("duplicates", {"duplicates": False}, {"duplicates": {}}, r"a lets no hashes of its texts leave"),
     ("secure_aggregation", {"secure_aggregation": True}, {}, r"asks for secure aggregation, which no recipe"),
 ]
 
