@@ -133,7 +133,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
     trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable)
     shards = {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe)
-    silos = Silos(shards, task, recipe.evaluate.examples, asked)
+    silos = Silos(shards, task, tested=recipe.evaluate.examples, asking=asked)
     if not elsewhere:
         silos.check()
     recipe, secret = privacy.resolved(recipe, len(silos.names)), secret or fresh_secret()

@@ -65,7 +65,7 @@ def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
     test = None
     if files.test or test_query:
         test = some(rows(files.test or files.train, test_query), files.test or files.train, counts)
-    shard = split(name, rows(files.train, files.query), test, recipe, counts)
+    shard = split(name, rows(files.train, files.query), test, recipe, counts, files.train)
     return shard._replace(templates=read_templates(root / files.templates)) if files.templates else shard
 
 
@@ -78,7 +78,9 @@ def read_templates(path: Path) -> list[str]:
     return [each for part in re.split(r"(?m)^---[ \t]*\n", text) if (each := part.strip("\n"))]
 
 
-def split(name: str, rows: Iterable[Row], test: Rows | None, recipe: Recipe, counts: Counter[str]) -> Shard:
+def split(
+    name: str, rows: Iterable[Row], test: Rows | None, recipe: Recipe, counts: Counter[str], source: str = ""
+) -> Shard:
     """Clean a silo's rows, hold out test rows where it gives none, and keep to the limits."""
     data, steps = recipe.data, [make("cleaning", part) for part in recipe.cleaning]
     kept = spooled(cleaned(rows, steps, counts) if steps else rows)
@@ -86,7 +88,8 @@ def split(name: str, rows: Iterable[Row], test: Rows | None, recipe: Recipe, cou
         raise FedllmError(f"silos.{name}: cleaning left no row ({counted(counts)}); take a step out of [[cleaning]].")
     if not kept:
         why = f" ({counted(counts)})" if counts else ""
-        raise FedllmError(f"The silo '{name}' is empty{why}; give it text or leave it out.")
+        what = f"{source} has no rows{why}" if source and "://" not in source else f"The silo '{name}' is empty{why}"
+        raise FedllmError(f"{what}; give a source with at least one, or leave this silo out.")
     train: Rows = kept
     if test is None:
         try:

@@ -70,7 +70,7 @@ def evaluate(target: Path, data: Sequence[str], limit: int) -> Group:
         table.add_column(kind, justify="right")
     with Ui(Console(stderr=True)) as ui:
         if recipe is not None and not data:
-            silos = Silos(open_shards(recipe), make("task", recipe.task, tokenizer), recipe.evaluate.examples)
+            silos = Silos(open_shards(recipe), make("task", recipe.task, tokenizer), tested=recipe.evaluate.examples)
             for name in silos.names:
                 with ui.part(name, None):
                     tested = silos.examples(name)["test"]

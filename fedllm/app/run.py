@@ -110,6 +110,8 @@ def built(recipe: Recipe, ui: Ui, secret: bytes | None = None) -> Parts:
     with ui.part("opening model and text", None):
         parts = build(recipe, secret=secret)
     silos = parts.silos
+    if recipe.duplicates and len(silos.names) < 2:
+        raise FedllmError("[duplicates] compares the texts of silos, and there is one; take it out of the recipe.")
     train, test = (sum(len(shard[place]) for shard in silos.shards.values()) for place in (0, 1))
     skipped = sum(silos.skipped.values())
     ui.say(

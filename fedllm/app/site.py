@@ -27,6 +27,7 @@ name = "{name}"
 # test = "my_test.jsonl"            # `fedllm site start --data my.jsonl` says it for one start
 # query = "select prompt, response from notes"          # where train is a database's URL
 # columns = {{ prompt = "frage", response = "antwort" }}  # the recipe's name of a column = its name here
+# A recipe with [duplicates] needs FEDLLM_SALT in the environment: a secret of the sites that the server must not have.
 
 [models]
 # The base models that recipes may name here; with a path it is loaded from there, with a sha256 nothing else is.

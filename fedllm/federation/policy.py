@@ -88,6 +88,8 @@ class Policy(Closed):
     trust_server: bool = False
     """Whether noise that only the server adds counts."""
     secure_aggregation: bool = False
+    duplicates: bool = True
+    """Whether salted hashes of the texts may leave, to find those that several sites have."""
     metrics: tuple[str, ...] = METRICS
     """Scalars that may leave; others are taken out of replies. How much text stands behind a reply always leaves."""
     max_message_mb: float = Field(2000, gt=0)

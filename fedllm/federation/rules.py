@@ -44,6 +44,8 @@ class Asked(NamedTuple):
     """Whether each site is to train alone, for comparison."""
     user: str
     fedllm: str
+    compares: bool = False
+    """Whether salted hashes of the texts are to leave, to find those that several sites have."""
 
 
 class Spending(NamedTuple):
@@ -99,8 +101,6 @@ def facts(said: Mapping[str, Any]) -> Asked:
         sha256 = recipe_sha256(recipe)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the recipe has no canonical JSON ({type(error).__name__})") from error
-    # A recipe that compares texts needs the site's leave for that, whatever the server says of its algorithm.
-    algorithm = [*algorithm, *(["shared_duplicates"] if recipe.get("duplicates") is not None else [])]
     names = {rule: (part_name(recipe, kind),) for rule, kind in KINDS.items() if rule != "transforms"}
     return Asked(
         recipe=sha256,
@@ -116,6 +116,7 @@ def facts(said: Mapping[str, Any]) -> Asked:
         alone=not isinstance(recipe.get("evaluate"), dict) or recipe["evaluate"].get("alone") is not False,
         user=text(said, "user"),
         fedllm=text(said, "fedllm"),
+        compares=recipe.get("duplicates") is not None,
     )
 
 
@@ -237,6 +238,10 @@ def by_facts(site: Site, asked: Asked, known: Known) -> Iterator[Refusal]:
     if policy.rounds_a_run is not None and asked.rounds > policy.rounds_a_run:
         yield Refusal(
             "rounds_a_run", f"{name} allows {policy.rounds_a_run} rounds a run; this recipe has {asked.rounds}."
+        )
+    if asked.compares and not policy.duplicates:
+        yield Refusal(
+            "duplicates", f"{name} lets no hashes of its texts leave, salted or not; this recipe has [duplicates]."
         )
     yield from of_privacy(name, policy, asked)
 

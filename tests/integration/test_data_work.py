@@ -115,6 +115,7 @@ def test_with_one_step_of_sgd_a_round_federated_is_pooled_on_the_same_batches(pl
         ({"duplicates": {"text": "prompt"}}, "no column 'prompt'"),
         ({"data": {"root": ".", "not_utf8": "refuse"}}, "line 37: not UTF-8"),
         ({"evaluate": {"general": "none.jsonl"}}, "evaluate.general.none: there is no"),
+        ({"silos": {"a": "a.jsonl"}}, "there is one"),
         ({"silos": {"a": "a.jsonl", "b": "a.jsonl"}, "data": {"limit_test": 1}}, "take .duplicates. out"),
     ],
 )
@@ -154,6 +155,8 @@ def test_sites_find_what_both_have_and_know_it_after_a_restart(place, sites):
         assert told == events["duplicates"]["dropped"]
         assert [cleaned[name]["lines that are not UTF-8"] for name in ("a", "b")] == [3, 4]
         assert sum(sum(held.values()) for held in events["start"]["silos"].values()) > 0
+        general = json.loads((far / "metrics.json").read_text())["general"]
+        assert general.keys() == {"base", "federated"} and general["base"] != general["federated"]
         line = line_to(opened)
 
         def ending(site, head, body, seconds):

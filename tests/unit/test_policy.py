@@ -68,6 +68,7 @@ NO = [
         {"transforms": [LOCAL]},
         r"own model is told of without any; set evaluate\.alone = f",
     ),
+    ("duplicates", {"duplicates": False}, {"duplicates": {}}, r"a lets no hashes of its texts leave"),
     ("secure_aggregation", {"secure_aggregation": True}, {}, r"asks for secure aggregation, which no recipe"),
 ]
 

@@ -281,5 +281,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     )
     kilobytes, blocks = map(int, done.stdout.split())
     assert blocks > 10_000
-    # The file has 3.7 MB, as Python's lists of tokens more than 40 times as much.
-    assert kilobytes < 12_000
+    # The file has 3.7 MB and its tokens 7.4, of which what was read is counted though it can be let go of at any time;
+    # as Python's lists they have 150.
+    assert kilobytes < 32_000
