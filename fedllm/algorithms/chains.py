@@ -117,7 +117,7 @@ def fed_dp_cot(
         Step("silo", "think"),
         Step("server", "pool chains that agree"),
     ]
-    like = {**as_tensors("chains", ["x" * LONGEST] * batch), **as_tensors("answers", ["x" * 64] * batch)}
+    like = {**as_tensors("chains", ["x" * 4 * LONGEST] * batch), **as_tensors("answers", ["x" * 64] * batch)}
     return Method(
         "fed_dp_cot",
         pool_tensors([]),

@@ -123,9 +123,13 @@ def exemplars(
                 Step("silo", "score them on own questions"),
                 Step("server", "keep what scores best"),
             ],
-            lambda like: {"scores": torch.empty(candidates + 1, device="meta")},
+            lambda like: sent_up,
         )
 
+    sent_up: Tensors = {"scores": torch.empty(candidates + 1, device="meta")}
+    if pool == SYNTHETIC:
+        # A character has four bytes at most.
+        sent_up = shot_tensors([Shot("x" * 4 * LONGEST, "x" * 64)] * written)
     start = {"chosen": torch.full((shots,), -1), **shot_tensors(kept)}
     source = "written by the silos' models in the first round" if not kept else f"{len(kept)} examples of {pool}"
     notes = [("pool", source), ("sends up", f"{candidates + 1} scores; {questions} own questions behind each")]

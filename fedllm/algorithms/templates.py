@@ -128,7 +128,7 @@ def templates(
             lambda state, exchange: server(select, state, exchange),
             None,
             [Step("silo", "score the library, vote, add templates"), Step("server", votes)],
-            lambda like: {"scores": torch.empty(keep, device="meta"), **as_tensors("new", ["x" * LONGEST] * offer)},
+            lambda like: {"scores": torch.empty(keep, device="meta"), **as_tensors("new", ["x" * 4 * LONGEST] * offer)},
         )
 
     silos = len(ground.names)
