@@ -37,7 +37,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.query()
@@ -117,11 +118,14 @@ def flower(programs: Path, place: Path, seconds: float) -> dict[str, float]:
         for _ in range(SITES):
             address = ["--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1", "--port", str(free_port())]
             keeps("flower-supernode", "--insecure", *address)
-        time.sleep(5)
-        subprocess.run([programs / "flwr", "run", app, "here"], env=env, stdout=log, stderr=log, check=True)
+        submitted = False
         while not (place / "told.json").exists():
             if time.time() - begun > seconds:
-                raise TimeoutError(f"Flower did not end within {seconds:g} s; {place / 'flower.log'} says why")
+                print((place / "flower.log").read_text()[-4000:], file=sys.stderr)
+                raise TimeoutError(f"Flower did not end within {seconds:g} s; the end of its log is above")
+            # Refused until the server listens.
+            run = [programs / "flwr", "run", app, "here"]
+            submitted = submitted or not subprocess.run(run, env=env, stdout=log, stderr=log).returncode
             time.sleep(0.5)
     told = json.loads((place / "told.json").read_text())
     return {

@@ -37,7 +37,9 @@ class Loopback:
                 command += ["--data", str(self.place / f"{name}.jsonl")]
             with (self.place / f"{name}.log").open("ab") as log:
                 env = {**os.environ, **self.world.get(name, {})}
-                self.running[name] = subprocess.Popen([*FEDLLM, *command], stdout=log, stderr=log, env=env)
+                # Not from here, since a module of the folder that a process is in goes before any other.
+                process = subprocess.Popen([*FEDLLM, *command], stdout=log, stderr=log, env=env, cwd=self.place)
+                self.running[name] = process
 
     def stop(self, *names):
         for name in names or list(self.running):

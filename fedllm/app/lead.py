@@ -102,7 +102,7 @@ def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str
         live.site(name, {"state": "refused" if name in refused else "failed" if "error" in answer else "in"})
     willing = [name for name in names if name not in refused]
     if len(willing) < recipe.federation.least:
-        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in refused.items())
         raise FedllmError(
             f"{len(willing)} of {len(names)} sites take part and federation.least is {recipe.federation.least} "
             f"({reasons}); change the recipe to what the sites allow."

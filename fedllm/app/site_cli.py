@@ -38,7 +38,7 @@ def request(
     sent = make_request(name, folder)
     if not (folder / "site.toml").exists():
         (folder / "site.toml").write_text(TEMPLATE.format(name=name), encoding="utf-8")
-    say(f"Send {sent} to whoever runs the server; put the {name}.approved that comes back into {folder}.")
+    say(f"Send {sent} to whoever runs the server, and put the {name}.approved that comes back beside it.")
     say(f"What may happen here is yours to say in {folder / 'site.toml'}.")
 
 

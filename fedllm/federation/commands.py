@@ -81,7 +81,7 @@ def submit(folder: Path, user: str, head: Head) -> dict[str, Any]:
         # A folder with files in it is never replaced, so the second of two is told.
         made.rename(target)
     except OSError:
-        raise FedllmError(f"There is a run '{name}' already; resume it, or choose another name.") from None
+        raise FedllmError(f"There is a run '{name}' already; resume it, or choose another name with --name.") from None
     finally:
         if made.exists():
             for file in made.iterdir():

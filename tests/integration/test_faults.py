@@ -210,14 +210,25 @@ def test_ctrl_c_leaves_a_run_running_and_attach_comes_back_to_it(tmp_path):
     with loopback(tmp_path) as them:
         admin = ["--admin", str(them.folder / "admin")]
         command = [*FEDLLM, "federation", "run", str(tmp_path / "recipe.toml"), *admin]
-        terminal = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        terminal = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Tests that run in the background have been told to overhear it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         until = time.monotonic() + 300
         while "tiny" not in them.ask(do="status")["runs"]:
             assert time.monotonic() < until
             time.sleep(0.2)
         time.sleep(2)
         terminal.send_signal(signal.SIGINT)
-        printed, problem = terminal.communicate(timeout=60)
+        try:
+            printed, problem = terminal.communicate(timeout=300)
+        finally:
+            terminal.kill()
         assert terminal.returncode == 0 and not problem, problem
         assert "tiny goes on without you" in printed
         assert them.state("tiny")["state"] not in ("done", "failed", "stopped")
