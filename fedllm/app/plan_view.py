@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fedllm.app.build import Parts, counts, longest, row_tokens
-from fedllm.app.privacy import UNITS, hides_records, is_private, open_ends, planned_epsilons, said, uses
+from fedllm.app.config import Recipe
+from fedllm.app.privacy import (
+    UNITS,
+    hides_records,
+    is_private,
+    open_ends,
+    planned_epsilons,
+    said,
+    tokenizer_entries,
+    uses,
+)
 from fedllm.core.plan import size
 from fedllm.core.types import Facts
+from fedllm.exchange.ledger import spent
 
 ADAMW_BYTES = 12
 """Gradient and two moments in float32, a trained value."""
@@ -80,6 +91,15 @@ def privacy_lines(parts: Parts) -> Iterator[str]:
     if hides_records(recipe) and not examples and recipe.client.get("rate") is None:
         yield "privacy      of one record of a site: by how many records it has, at the ledger once they are known"
     yield f"not covered  {'; '.join(open_ends(recipe))}"
+
+
+def tokenizer_lines(recipe: Recipe, looks: Mapping[str, int]) -> Iterator[str]:
+    """Yield what the noise on the counts is worth from which a tokenizer is learned."""
+    entries = tokenizer_entries(recipe, looks)
+    if entries:
+        delta = recipe.privacy.delta
+        most = max(each.best for each in spent(entries, "record", delta).values())
+        yield f"tokenizer    epsilon {most:.3g} at delta {delta:g}, of {UNITS['record']}, by its counts alone"
 
 
 def memory(parts: Parts) -> int:
