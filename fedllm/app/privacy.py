@@ -305,7 +305,7 @@ def mark_of(memory: Tensors) -> str:
 
 def open_ends(recipe: Recipe) -> list[str]:
     """Return what a run tells of its text without noise, so that no epsilon covers it."""
-    found = ["each silo's held-out loss"]
+    found = ["each silo's held-out loss, size and names of its groups of text"]
     if recipe.evaluate.alone:
         found.append("what each silo reaches alone (evaluate.alone)")
     if recipe.evaluate.pooled:

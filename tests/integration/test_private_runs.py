@@ -46,7 +46,10 @@ def test_a_target_is_solved_for_spent_round_by_round_and_told(place, tmp_path): 
     made = recipe(place, transforms=[central()], privacy={"target_epsilon": 20})
     planned = text(build(made, weights=False))
     assert "epsilon 20 at delta 1e-05 after 3 rounds, of a silo with all that it has" in planned
-    assert "not covered  each silo's held-out loss; to the server each silo's update" in planned
+    assert (
+        "not covered  each silo's held-out loss, size and names of its groups of text; to the server each silo's update"
+        in planned
+    )
     folder = fedllm.run(made, tmp_path / "run")
     metrics = json.loads((folder / "metrics.json").read_text())
     (claim,) = metrics["privacy"]["claims"]
@@ -57,6 +60,7 @@ def test_a_target_is_solved_for_spent_round_by_round_and_told(place, tmp_path): 
     assert "aggregation_error" not in metrics, "what a probe tells has no noise on it"
     report = (folder / "report.html").read_text()
     assert "Whether any one silo took part at all" in report and "The server adds the noise" in report
+    assert "nor differential privacy" not in report and "No privacy guarantee" not in report
     # The same ledger, the same secret, the same noise: nothing new when it is resumed.
     before = (folder / "ledger.jsonl").read_bytes()
     fedllm.resume(folder)
