@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.app.build import Parts
-from fedllm.app.privacy import UNITS, entries, hides_records, is_private, mark_of, open_ends, uses
+from fedllm.app.privacy import UNITS, entries, hides_records, is_private, mark_of, open_ends
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import State
-from fedllm.exchange.ledger import NAME, Entry, note, read_ledger, spent
+from fedllm.exchange.ledger import NAME, Entry, Unit, note, read_ledger, spent
 
 Held = Mapping[str, Mapping[str, int]]
 
@@ -40,8 +40,8 @@ def after_round(folder: Path, parts: Parts, held: Held, state: State) -> dict[st
     mark = mark_of(state.transforms)
     ledger = note(folder / NAME, coming(parts, held, [], state.round, mark) if mark else [])
     delta = parts.recipe.privacy.delta
-    units = dict.fromkeys(entry.unit for entry in ledger)
-    return {"epsilon": {unit: max(each.best for each in spent(ledger, unit, delta).values()) for unit in units}}
+    found = {unit: max(each.best for each in spent(ledger, unit, delta).values()) for unit in claimed(ledger)}
+    return {"epsilon": found}
 
 
 def reached(folder: Path, parts: Parts, held: Held, number: int) -> str:
@@ -69,11 +69,11 @@ def reached(folder: Path, parts: Parts, held: Held, number: int) -> str:
 
 def told(folder: Path, parts: Parts) -> dict[str, Any]:
     """Return what a finished run says of its privacy, or nothing where it can claim none."""
-    if not is_private(parts.recipe):
+    recipe = parts.recipe
+    if not is_private(recipe):
         return {}
-    ledger, delta, recipe = read_ledger(folder / NAME), parts.recipe.privacy.delta, parts.recipe
-    claims = []
-    for unit in dict.fromkeys(entry.unit for entry in ledger):
+    ledger, delta, claims = read_ledger(folder / NAME), recipe.privacy.delta, list[dict[str, Any]]()
+    for unit in claimed(ledger):
         each = spent(ledger, unit, delta)
         most = max(each.values(), key=lambda found: found.best)
         own = [entry for entry in ledger if entry.unit == unit]
@@ -85,11 +85,16 @@ def told(folder: Path, parts: Parts) -> dict[str, Any]:
                 "rdp": most.rdp,
                 "pld": most.pld,
                 "silos": {name: found.best for name, found in each.items() if name},
-                "by": sorted({use.by for use in uses(recipe, len(parts.silos.names)) if use.unit == unit}),
+                "by": sorted({"server" if entry.mark else "silo" for entry in own if entry.round}),
                 "uses": looks(own),
             }
         )
     return {"privacy": {"delta": delta, "claims": claims, "open": open_ends(recipe)}}
+
+
+def claimed(ledger: Sequence[Entry]) -> list[Unit]:
+    """Return the units of which a run can claim something: those that its training hides."""
+    return list(dict.fromkeys(entry.unit for entry in ledger if entry.what.startswith("training")))
 
 
 def looks(ledger: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -44,9 +44,18 @@ def quickstart(
 
 
 @app.command()
-def run(recipe: RecipeFile, settings: Settings = [], out_folder: Out = None) -> None:  # noqa: B006
+def run(
+    recipe: RecipeFile,
+    settings: Settings = [],  # noqa: B006
+    out_folder: Out = None,
+    stop: Annotated[
+        float | None,
+        typer.Option("--stop-at-epsilon", help="End with the last round that does not spend more.", show_default=False),
+    ] = None,
+) -> None:
     """Run a recipe."""
-    start(recipe_of(recipe, settings), out_folder)
+    limit = [] if stop is None else [f"privacy.stop_at_epsilon={stop}"]
+    start(recipe_of(recipe, [*settings, *limit]), out_folder)
 
 
 @app.command()
@@ -55,16 +64,19 @@ def plan(recipe: RecipeFile, settings: Settings = []) -> None:  # noqa: B006
     from tempfile import TemporaryDirectory
 
     from fedllm.app.build import build
-    from fedllm.app.plan_view import plan_lines
+    from fedllm.app.plan_view import plan_lines, tokenizer_lines
     from fedllm.app.progress import Ui
     from fedllm.app.scratch import start as start_from_nothing
 
     read = recipe_of(recipe, settings)
     with TemporaryDirectory() as apart:
+        looks: dict[str, int] = {}
         if read.scratch:
-            start_from_nothing(read, Path(apart), Ui(None))
+            looks = start_from_nothing(read, Path(apart), Ui(None)).get("looks", {})
             read = read.model_copy(update={"model": apart})
         for line in plan_lines(build(read, weights=False)):
+            say(line)
+        for line in tokenizer_lines(read, looks):
             say(line)
 
 

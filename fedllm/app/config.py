@@ -96,6 +96,10 @@ class Scratch(Closed):
     vocab: int = Field(4096, gt=259)
     min_silos: int = Field(2, gt=0)
     """Silos that must have a pair of tokens before it becomes one."""
+    noise: float = Field(0.0, ge=0)
+    """Standard deviation of the noise on the silos' counts, as a multiple of `contribution`."""
+    contribution: float | None = Field(None, gt=0)
+    """The most that one record adds to a round's counts, as an L2 norm."""
 
 
 class Privacy(Closed):

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fedllm.app.build import Parts, counts, longest, row_tokens
-from fedllm.app.catalog import make
-from fedllm.app.privacy import UNITS, hides_records, is_private, open_ends, planned_epsilons, said, uses
+from fedllm.app.config import Recipe
+from fedllm.app.privacy import (
+    UNITS,
+    hides_records,
+    is_private,
+    open_ends,
+    planned_epsilons,
+    said,
+    tokenizer_entries,
+    transforms,
+    uses,
+)
 from fedllm.core.plan import size
 from fedllm.core.types import Facts, on_meta
 from fedllm.exchange.availability import told
+from fedllm.exchange.ledger import spent
 
 ADAMW_BYTES = 12
 """Gradient and two moments in float32, a trained value."""
@@ -95,6 +106,15 @@ def privacy_lines(parts: Parts) -> Iterator[str]:
     yield f"not covered  {'; '.join(open_ends(recipe))}"
 
 
+def tokenizer_lines(recipe: Recipe, looks: Mapping[str, int]) -> Iterator[str]:
+    """Yield what the noise on the counts is worth from which a tokenizer is learned."""
+    entries = tokenizer_entries(recipe, looks)
+    if entries:
+        delta = recipe.privacy.delta
+        most = max(each.best for each in spent(entries, "record", delta).values())
+        yield f"tokenizer    epsilon {most:.3g} at delta {delta:g}, of {UNITS['record']}, by its counts alone"
+
+
 def memory(parts: Parts) -> int:
     """Return the bytes expected: weights, the server's half, and on one machine the silos' training and memory too."""
     processes, weights = parts.recipe.processes, size(parts.model.parameters())
@@ -123,8 +143,8 @@ def remembered(parts: Parts) -> int:
         2 * whole * (bool(recipe.client.get("keep_optimiser")) and recipe.client.get("optimiser", "adamw") == "adamw")
     )
     kept += 2 * whole * (recipe.share["name"] == "fragments")
-    for part in recipe.transforms:
-        sent, errors = make("transforms", part).encode(stage, {}, 0)
+    for transform in transforms(recipe, len(parts.silos.names), parts.secret):
+        sent, errors = transform.encode(stage, {}, 0)
         kept, stage = kept + size(errors.values()), dict(sent)
     return kept
 

@@ -192,6 +192,12 @@ def resolved(recipe: Recipe, silos: int) -> Recipe:
             return by_silo(uses(with_noise(recipe, multiplier), silos), "silo", recipe.rounds)[0]
 
         recipe = with_noise(recipe, noise_for(target, recipe.privacy.delta, whole))
+    counted = bool(recipe.scratch and recipe.scratch.noise)
+    if target is not None and counted and hides_records(recipe) and recipe.client.get("noise") is None:
+        raise FedllmError(
+            "privacy.target_epsilon does not know yet how often the tokenizer looks at the text; say client.noise, or "
+            "set scratch.tokenizer to the tokenizer of a model."
+        )
     limits = {"target_epsilon": target, "stop_at_epsilon": recipe.privacy.stop_at_epsilon}
     for key, limit in limits.items():
         if limit is not None and not is_private(recipe):
@@ -220,6 +226,13 @@ def with_noise(recipe: Recipe, multiplier: float) -> Recipe:
     names = (*AT_SERVER, *AT_SILO)
     parts = [{**part, "noise": multiplier} if part.get("name") in names else part for part in recipe.transforms]
     return recipe.model_copy(update={"transforms": parts})
+
+
+def tokenizer_entries(recipe: Recipe, looks: Mapping[str, int]) -> list[Entry]:
+    """Return what the ledger notes of a tokenizer for which silos told noised counts so many times each."""
+    noise = recipe.scratch.noise if recipe.scratch else 0.0
+    counted = [(name, Mechanism(noise, times=times)) for name, times in looks.items() if noise]
+    return [Entry(0, "tokenizer counts", "record", name, "", mechanism) for name, mechanism in counted]
 
 
 def planned(mechanism: Mechanism, rounds: int) -> Mechanism:
@@ -292,11 +305,16 @@ def mark_of(memory: Tensors) -> str:
 
 def open_ends(recipe: Recipe) -> list[str]:
     """Return what a run tells of its text without noise, so that no epsilon covers it."""
-    found = ["each silo's held-out loss"]
+    found = ["each silo's held-out loss, size and names of its groups of text"]
     if recipe.evaluate.alone:
         found.append("what each silo reaches alone (evaluate.alone)")
     if recipe.evaluate.pooled:
         found.append("what training on everything reaches (evaluate.pooled)")
+    if recipe.scratch and recipe.scratch.tokenizer == "federated":
+        if not recipe.scratch.noise:
+            found.append("the counts from which the tokenizer was learned (scratch.noise is not set)")
+        elif not hides_records(recipe):
+            found.append("of a silo, the counts from which the tokenizer was learned: their noise hides a record")
     part = noisy(recipe)
     if part and part["name"] in AT_SERVER:
         found.append("to the server each silo's update, number of examples, training loss and when it took part")

@@ -24,7 +24,7 @@ from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
-from fedllm.app.privacy import is_private
+from fedllm.app.privacy import is_private, tokenizer_entries
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import write_metrics
@@ -35,6 +35,8 @@ from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, on
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.noise import fresh_secret
 from fedllm.core.types import State, Tensors
+from fedllm.exchange.ledger import NAME as LEDGER
+from fedllm.exchange.ledger import Entry, note
 from fedllm.runtime.secret import secret_in
 from fedllm.runtime.store import (
     append_event,
@@ -83,7 +85,7 @@ def run(
         if read.scratch:
             read = read.model_copy(update={"model": str(folder.absolute() / "start")})
             parts = parts._replace(recipe=read)
-        place(folder, read, from_nothing, secret)
+        place(folder, read, from_nothing, secret, tokenizer_entries(read, told.pop("looks", {})))
         with locked(folder), resumable(folder), parts.ranks or nullcontext():
             if told:
                 append_event(folder, {"event": "scratch", **told})
@@ -135,7 +137,7 @@ def computed(parts: Parts) -> str:
     return f"on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}{together}"
 
 
-def place(folder: Path, recipe: Recipe, from_nothing: Path, secret: bytes) -> None:
+def place(folder: Path, recipe: Recipe, from_nothing: Path, secret: bytes, spent: Sequence[Entry]) -> None:
     """Make the run's folder with recipe and start in it, all at once: a folder without them could not be resumed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -144,6 +146,8 @@ def place(folder: Path, recipe: Recipe, from_nothing: Path, secret: bytes) -> No
         write_text(beside / "recipe.toml", write_recipe(recipe))
         if is_private(recipe):
             secret_in(beside, secret)
+        if spent:
+            note(beside / LEDGER, spent)
         if from_nothing.exists():
             shutil.copytree(from_nothing, beside / "start")
         beside.rename(folder)

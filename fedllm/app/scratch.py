@@ -15,6 +15,7 @@ from fedllm.app.rows import Shard
 from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import derive
 from fedllm.core.types import Silo
+from fedllm.exchange.accounting import Mechanism, epsilon
 from fedllm.exchange.select import everyone
 from fedllm.runtime.local import local
 from fedllm.runtime.meter import Traffic, metered
@@ -39,6 +40,7 @@ def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
         ui.say(
             f"tokenizer of {told['vocab']:,} tokens learned in {told['rounds']} rounds: {told['tokens_per_byte']:.4f} "
             f"tokens a byte"
+            + (f", epsilon {told['epsilon']:.3g} of a record for its counts" if "epsilon" in told else "")
             + (f", pooled {told['pooled_tokens_per_byte']:.4f}" if "pooled_tokens_per_byte" in told else "")
         )
     else:
@@ -70,7 +72,13 @@ def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     key = str(recipe.task.get("text", "text"))
     texts = {name: texts_of(name, shard, key) for name, shard in shards.items()}
     names, traffic = list(texts), Traffic()
-    algorithm = byte_pairs(everyone(names), vocab=scratch.vocab, min_silos=min(scratch.min_silos, len(names)))
+    algorithm = byte_pairs(
+        everyone(names),
+        vocab=scratch.vocab,
+        min_silos=min(scratch.min_silos, len(names)),
+        contribution=scratch.contribution,
+        noise=scratch.noise,
+    )
 
     def opened(name: str) -> Silo:
         return Silo(name, None, texts[name], {}, derive(recipe.seed, "silo", name))  # type: ignore[arg-type]
@@ -79,13 +87,16 @@ def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     state, reports = learn(algorithm, exchange)
     merges = state.params["merges"]
     tokenizer = make_tokenizer(merges.tolist())
-    told = {
+    told: dict[str, Any] = {
         "vocab": len(tokenizer),
         "rounds": len(reports),
         "bytes_up": traffic.up,
         "bytes_down": traffic.down,
         "tokens_per_byte": density(tokenizer, texts),
     }
+    if scratch.noise:
+        told["looks"] = {name: len(reports) for name in names}
+        told["epsilon"] = epsilon([Mechanism(scratch.noise, times=len(reports))], recipe.privacy.delta)
     if recipe.evaluate.pooled:
         pooled = pooled_tokenizer((text for parts in texts.values() for text in parts["train"]), len(tokenizer))
         told["pooled_tokens_per_byte"] = density(pooled, texts)

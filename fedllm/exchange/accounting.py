@@ -115,16 +115,23 @@ def noise_for(target: float, delta: float, uses: Callable[[float], Iterable[Mech
     """
     if not target > 0:
         raise FedllmError(f"privacy.target_epsilon is {target:g}; it must be above 0.")
-    low, high = 0.0, 1.0
-    while epsilon(uses(high), delta) > target:
+    from scipy.optimize import brentq
+
+    def over(multiplier: float) -> float:
+        return epsilon(uses(multiplier), delta) - target
+
+    low, high = 0.5, 1.0
+    while over(high) > 0:
         low, high = high, 2 * high
         if high > 1e6:
             raise FedllmError(
                 f"No noise reaches epsilon {target:g} at delta {delta:g}; raise privacy.target_epsilon or delta."
             )
-    while high - low > 5e-5 * high and high > 1e-3:
-        middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(uses(middle), delta) <= target else (middle, high)
+    while over(low) <= 0 and low > 1e-3:
+        low, high = low / 2, low
+    high = low if over(low) <= 0 else float(brentq(over, low, high, rtol=1e-5))
+    while over(high) > 0:
+        high *= 1 + 2e-5
     # Written with fewer digits it must not become less.
     digits = 4 - math.ceil(math.log10(high))
     return math.ceil(high * 10**digits) / 10**digits

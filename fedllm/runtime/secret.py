@@ -21,6 +21,7 @@ def secret_in(folder: Path, fresh: bytes | None = None) -> bytes:
     if not path.exists():
         beside = folder / f".{NAME}.{os.getpid()}"
         with on_disk(path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             beside.unlink(missing_ok=True)
             handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             try:

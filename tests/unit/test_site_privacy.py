@@ -103,3 +103,31 @@ def test_the_desk_notes_each_round_once_before_its_work_and_refuses_what_would_g
 def test_a_desk_without_an_accountant_refuses_where_there_is_a_limit(tmp_path):
     with Desk(site_in(tmp_path, epsilon=8.0), WORKER, CATALOG) as desk:
         assert "has no accountant" in ask(desk, recipe=local())["error"]
+
+
+def test_a_site_has_its_own_half_and_its_own_secret(tmp_path, monkeypatch):
+    """Its worker clips where the server adds the noise, and draws its own noise from a secret that outlives it."""
+    from fedllm.app.worker import opened
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{number}?", "response": "the cat"} for number in range(20)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "site.toml").write_text('name = "a"\n[data]\ntrain = "my.jsonl"\n')
+    monkeypatch.setenv("FEDLLM_SITE", str(tmp_path / "site.toml"))
+    run = recipe(
+        model=str(tmp_path / "model"),
+        transforms=[CENTRAL],
+        client={"name": "dp_sgd", "clip": 1.0, "batch_size": 4},
+        aggregate={"name": "mean", "weights": "uniform"},
+        select={"name": "poisson", "rate": 0.1},
+        privacy={"target_epsilon": 2.0, "delta": 1e-5},
+        **QUIET,
+    )
+    one, again = (opened({"recipe": run, "model_sha256": ""}) for _ in range(2))
+    assert one.secret == again.secret == (tmp_path / "state" / "secret").read_bytes()
+    assert [step.name for step in one.plan.steps if step.where == "silo"] == ["local training", "encode: clip"]
+    # It reckons with its own 18 records, of which it draws 4 a step on average.
+    account = spending(site_in(tmp_path), tmp_path / "site.toml")
+    assert 0 < account.after({**run, "transforms": []}, "r1")[1] <= 2.0

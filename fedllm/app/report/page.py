@@ -14,6 +14,7 @@ from markupsafe import Markup
 from fedllm.app.report import cleaning, costs, parts, plots
 from fedllm.app.report import wire as on_wire
 from fedllm.app.report.data import Run, compare, read_run
+from fedllm.app.report.privacy import privacy
 from fedllm.app.report.words import facts, lead, number, plain
 
 HERE = Path(__file__).parent
@@ -71,6 +72,7 @@ def render(run: Run) -> str:
         "refusals": on_wire.refusals(run),
         "wire": on_wire.wire(run),
         "claim": on_wire.claim(run),
+        "privacy": privacy(run),
         "scores": parts.scores(run),
         "facts": parts.about(run),
         "recipe": run.recipe.strip(),

@@ -35,6 +35,11 @@ def wire(run: Run) -> str:
 
 def claim(run: Run) -> str:
     """Say what privacy this run can claim."""
+    if part(run.done, "privacy").get("claims") or (run.rounds and run.rounds[-1].get("epsilon")):
+        return (
+            "What the section on privacy states is guaranteed, and nothing more. The silos' text stays where it is; "
+            "where the server adds the noise, it sees each silo's update without any."
+        )
     if protected(steps(run)):
         return (
             "What the steps above state about updates is all that is claimed. Where they name no secure "
