@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -20,12 +21,13 @@ sys.stdin.read()
 """
 
 
-def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path):
+def test_a_process_ends_when_the_one_that_started_it_is_killed():
+    root = str(Path(__file__).parents[2])
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tether.__file__)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": root},
         text=True,
     )
     assert parent.stdin and parent.stdout
