@@ -103,11 +103,13 @@ def status(folder: Path, user: str, head: Head) -> dict[str, Any]:
 def told(folder: Path) -> dict[str, Any]:
     """Return what the three files of a run say."""
     wish, engine = notes.get(folder / "run.json"), notes.get(folder / "engine.json")
+    # Until the server has seen a wish, what it said is about the one before.
+    seen = engine if engine.get("asked") == wish.get("asked") else {}
     return {
         "wanted": wish.get("wanted"),
         "user": wish.get("user"),
-        "state": engine.get("state", "waiting"),
-        "reason": engine.get("reason", ""),
+        "state": seen.get("state", "waiting"),
+        "reason": seen.get("reason", ""),
         "attempt": engine.get("attempt", 0),
         "live": notes.get(folder / "live.json"),
     }

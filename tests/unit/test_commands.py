@@ -45,6 +45,18 @@ def test_stop_and_resume_are_wishes_that_are_counted(folder):
     assert (wish["wanted"], wish["asked"], wish["sites"]) == ("run", 3, ["a"])
 
 
+def test_what_the_server_said_before_a_wish_is_not_its_answer(folder):
+    ask(folder, "submit", name="one", recipe="")
+    said = {"state": "failed", "reason": "the disk was full", "asked": 1, "attempt": 3}
+    (folder / "runs" / "one" / "engine.json").write_text(json.dumps(said))
+    assert ask(folder, "status", name="one")["runs"]["one"]["state"] == "failed"
+    ask(folder, "resume", name="one")
+    told = ask(folder, "status", name="one")["runs"]["one"]
+    assert (told["state"], told["reason"], told["attempt"]) == ("waiting", "", 3)
+    (folder / "runs" / "one" / "engine.json").write_text(json.dumps({**said, "asked": 2}))
+    assert ask(folder, "status", name="one")["runs"]["one"]["state"] == "failed"
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc", ".hidden", "", "a/b", None, 3, "a" * 65])
 @pytest.mark.parametrize("do", ["submit", "stop", "resume", "logs", "files", "read"])
 def test_no_name_leaves_the_runs(folder, do, name):
