@@ -125,7 +125,7 @@ def test_a_site_has_its_own_half_and_its_own_secret(tmp_path, monkeypatch):
         privacy={"target_epsilon": 2.0, "delta": 1e-5},
         **QUIET,
     )
-    one, again = (opened({"recipe": run, "model_sha256": ""}) for _ in range(2))
+    one, again = (opened({"recipe": run, "model_sha256": ""}, tmp_path) for _ in range(2))
     assert one.secret == again.secret == (tmp_path / "state" / "secret").read_bytes()
     assert [step.name for step in one.plan.steps if step.where == "silo"] == ["local training", "encode: clip"]
     # It reckons with its own 18 records, of which it draws 4 a step on average.
