@@ -300,7 +300,8 @@ def make_work(
     **changes: Any,
 ) -> Work:
     """Return a recipe's local training, with other settings where given."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # A model behind an API has no tokenizer here, and nothing that is trained.
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
