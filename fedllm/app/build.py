@@ -241,6 +241,11 @@ def make_method(
                 "[client] and [optimiser]."
             )
         return None
+    if recipe.evaluate.general:
+        raise FedllmError(
+            f"evaluate.general is the loss of a model that was trained, and '{recipe.algorithm['name']}' trains none; "
+            "take it out, or learn with algorithm 'averaging'."
+        )
     fixed = Recipe.__pydantic_fields__
     for kind in ("client", "share", "optimiser"):
         if (name := getattr(recipe, kind)["name"]) != fixed[kind].default["name"]:

@@ -63,6 +63,8 @@ def general_losses(
     over the text. Texts of other tasks than plain text are scored so too: it is one measure before and after.
     """
     recipe, losses = parts.recipe, dict[str, float]()
+    if not recipe.evaluate.general:
+        return {}
     task = causal(parts.tokenizer, block=int(recipe.task.get("block", recipe.task.get("max_tokens", 256))))
     client = held_out(parts.objective, task, parts.tokenizer, parts.trainable, batch_size=recipe.evaluate.batch_size)
     for name, file in recipe.evaluate.general.items():
@@ -73,4 +75,4 @@ def general_losses(
         if "loss" not in scalars:
             raise FedllmError(f"evaluate.general.{name}: '{path}' has no text to score; give another file.")
         losses[name] = scalars["loss"]
-    return {"general": losses} if losses else {}
+    return {"general": losses}
