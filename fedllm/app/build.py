@@ -23,8 +23,10 @@ from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo.cohort import stackable
 from fedllm.silo.evaluate import held_out
+from fedllm.silo.keeping import keeping
 from fedllm.silo.models import empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
+from fedllm.silo.prompts import require_room, virtual_tokens
 from fedllm.silo.tasks import Task
 from fedllm.silo.trainables import Trainable, parameters
 from fedllm.silo.width import cohort_width
@@ -49,6 +51,8 @@ class Parts(NamedTuple):
     plan: Plan
     looked: Sequence[str]
     """The silos whose held-out text is looked at."""
+    own: Tensors
+    """What each silo trains and keeps to itself, as it is at first."""
     links: Mapping[str, SiloLink]
     """The network that rounds are reckoned over, if the recipe has one."""
     width: int
@@ -56,7 +60,7 @@ class Parts(NamedTuple):
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, **changes)
+        return make_work(self.recipe, self.objective, self.tokenizer, self.trainable, self.params, self.own, **changes)
 
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
@@ -78,7 +82,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     dtype = pick_dtype(recipe.dtype, device)
     tokenizer = load_tokenizer(recipe.model)
     task = make("task", recipe.task, tokenizer)
-    trainable = make("trainable", recipe.trainable)
+    trainable = make("trainable", recipe.trainable, tokenizer=tokenizer)
     silos = Silos({name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe), task)
     if not elsewhere:
         silos.check()
@@ -92,12 +96,18 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         base = empty_model(recipe.model, kept)
     model = trainable.attach(base, recipe.seed)
     objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)
-    params: Tensors = parameters(model)
+    every: Tensors = parameters(model)
     if device.type == "mps":
-        params = {name: value.cpu() for name, value in params.items()}
+        every = {name: value.cpu() for name, value in every.items()}
+    params = {name: value for name, value in every.items() if not trainable.stays(name)}
+    own = {name: value for name, value in every.items() if trainable.stays(name)}
+    if own and not params:
+        raise FedllmError("All that is trained stays at the silos; let trainable.tokens be 1 or more beside personal.")
+    if not elsewhere and virtual_tokens(model):
+        require_room(model, virtual_tokens(model), longest_of_all(silos))
 
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
-    work = make_work(recipe, objective, tokenizer)
+    work = make_work(recipe, objective, tokenizer, trainable, params, own)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
         work=work,
@@ -108,23 +118,32 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         transforms=[make("transforms", part) for part in recipe.transforms],
         probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
     )
-    evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size)
+    evaluator = held_out(objective, task, tokenizer, trainable, batch_size=recipe.evaluate.batch_size, first=own)
     fitting = plan(algorithm, params)
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, width,
+        evaluator, fitting, sample(silos.names, recipe), own, links, width,
     )  # fmt: skip
 
 
-def make_work(recipe: Recipe, objective: Objective, tokenizer: Any, **changes: Any) -> Work:
-    """Return a recipe's local training, with other settings where given."""
+def make_work(
+    recipe: Recipe,
+    objective: Objective,
+    tokenizer: Any,
+    trainable: Trainable,
+    params: Tensors,
+    own: Tensors,
+    **changes: Any,
+) -> Work:
+    """Return a recipe's local training, with other settings where given; what is a silo's `own` stays there."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    return make("client", part, objective, pad, rounds=recipe.rounds)
+    work: Work = trainable.work(make("client", part, objective, pad, rounds=recipe.rounds))
+    return keeping(work, {**params, **own}) if own else work
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:
@@ -132,13 +151,13 @@ def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algo
     fits = algorithm.cohort is not None and stackable(model)
     if recipe.runtime == "cohort" and not fits:
         raise FedllmError(
-            "runtime is 'cohort', which trains plain LoRA without dropout on linear layers; use runtime = 'auto' or "
-            "trainable.name = 'lora' with dropout = 0."
+            "runtime is 'cohort', which trains plain LoRA without dropout on linear layers, or a soft prompt without "
+            "an encoder at the silo; use runtime = 'auto', or trainable.name = 'lora' with dropout = 0, or 'prompt'."
         )
     if recipe.runtime == "local" or not fits:
         return 1
     rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
-    width = cohort_width(model, rows, longest(silos), device)
+    width = cohort_width(model, rows, longest(silos) + virtual_tokens(model), device)
     return max(2, width) if recipe.runtime == "cohort" else width
 
 
@@ -156,6 +175,12 @@ def row_tokens(recipe: Recipe) -> int:
 def longest(silos: Silos) -> int:
     """Return the tokens of the longest example that the first silo trains on: what one may expect of all."""
     return max(len(example.input_ids) for example in silos.examples(silos.names[0])["train"])
+
+
+def longest_of_all(silos: Silos) -> int:
+    """Return the tokens of the longest example of all silos, held-out ones too."""
+    each = [part for name in silos.names for part in silos.examples(name).values()]
+    return max(len(example.input_ids) for part in each for example in part)
 
 
 def quiet_libraries() -> None:

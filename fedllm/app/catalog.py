@@ -16,7 +16,7 @@ from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
 from fedllm.exchange import cast, clip, dct, fragments, quantise, select, top_k
-from fedllm.silo import dedupe, partition, pii, quality, tasks, trainables, training
+from fedllm.silo import dedupe, partition, pii, prompts, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "task": {"instruct": tasks.instruct, "causal": tasks.causal, "classify": tasks.classify},
@@ -25,9 +25,9 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "lora": trainables.lora,
         "dora": trainables.dora,
         "ia3": trainables.ia3,
-        "prefix": trainables.prefix,
-        "prompt": trainables.prompt,
-        "p_tuning": trainables.p_tuning,
+        "prefix": prompts.prefix,
+        "prompt": prompts.prompt,
+        "p_tuning": prompts.p_tuning,
         "peft": trainables.peft_method,
     },
     "client": {"local_training": training.local_training},

@@ -10,9 +10,10 @@ from typing import Any
 from fedllm.algorithms.baselines import alone, budget
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
+from fedllm.app.results import MEASURES
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, training_exchange
 from fedllm.core.seeds import derive
-from fedllm.core.types import Request, Silo
+from fedllm.core.types import Request, Silo, Tensors
 from fedllm.runtime.local import local
 from fedllm.runtime.store import append_event, read_events
 
@@ -46,7 +47,7 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
     begun = time.perf_counter()
     requests = [Request(name, 0, "alone", parts.params, {"rounds": float(count)}) for name, count in rounds.items()]
     for reply in nodes.exchange(requests):
-        losses = {key: {reply.client: reply.scalars[key]} for key in ("loss", "accuracy") if key in reply.scalars}
+        losses = {key: {reply.client: reply.scalars[key]} for key in MEASURES if key in reply.scalars}
         seconds = time.perf_counter() - begun
         append_event(folder, {"event": "alone", "silo": reply.client, **losses, "seconds": seconds})
         begun = time.perf_counter()
@@ -55,12 +56,13 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
 def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]:
     """Train one silo alone for as many steps as it took in so many rounds, and look at what it learned."""
     begun, steps = time.perf_counter(), rounds * parts.work().steps(parts.silos.examples(name))
-    work = parts.work(steps=steps, epochs=None)
+    work, memory = parts.work(steps=steps, epochs=None), dict[str, Tensors]()
     with ui.part("alone", steps, counts=True):
-        ((_, params),) = alone(training_exchange(parts, work._replace(cohort=None), {}, ui), parts.params, [name])
+        exchange = training_exchange(parts, work._replace(cohort=None), memory, ui)
+        ((_, params),) = alone(exchange, parts.params, [name])
     with ui.part("held-out loss", None):
         where = parts.looked if len(parts.silos.names) <= EVERYWHERE else [name]
-        losses = held_out_losses(parts, looking(parts, ui), params, names=where)
+        losses = held_out_losses(parts, looking(parts, memory, ui), params, names=where)
     ui.say(f"{name} alone: held-out loss {losses['loss'][name]:.3f} on its own text")
     return {**losses, "seconds": time.perf_counter() - begun}
 
@@ -80,6 +82,6 @@ def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, 
     with ui.part("pooled", steps, counts=True):
         ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
     with ui.part("held-out loss", evaluation_steps(parts)):
-        losses = held_out_losses(parts, looking(parts, ui), params)
+        losses = held_out_losses(parts, looking(parts, {}, ui), params)
     ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")
     return {**losses, "seconds": time.perf_counter() - begun}

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from fedllm.runtime.store import read_events, write_text
 
+MEASURES = ("loss", "accuracy", "calibrated")
+"""What a look at held-out text may tell."""
+
 
 def write_metrics(folder: Path) -> dict[str, Any]:
     """Sum a run's events up in `metrics.json`."""
@@ -32,7 +35,7 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     looked = [event for event in rounds if event.get("loss")]
     alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone" and "loss" in event}
     metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
-    for key in ("loss", "accuracy"):
+    for key in MEASURES:
         found = {
             "base": last(events, "base").get(key, {}),
             "alone": {

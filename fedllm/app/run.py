@@ -174,7 +174,7 @@ def finish(folder: Path, parts: Parts, state: State, ui: Ui) -> None:
     events = read_events(folder)
     # A resumed run may have come this far before; the result is whole if this was the last word.
     if events[-1]["event"] != "done":
-        write(trained(parts.model), state.params)
+        write(trained(parts.model), {**parts.own, **state.params})
         scores = score_files(parts, ui.tick)
         target = folder / ("adapter" if parts.trainable.adapter else "model")
         with on_disk(target):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
+from fedllm.app.results import MEASURES
 from fedllm.core.types import Exchange, Report, Request, Silo, State, Tensors, Work
 from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
@@ -32,12 +33,12 @@ def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in parts.silos.shards.items()}
-    return Nodes(by_op({"train": train, "evaluate": looking(parts, ui)}), memory, held)
+    return Nodes(by_op({"train": train, "evaluate": looking(parts, memory, ui)}), memory, held)
 
 
-def looking(parts: Parts, ui: Ui) -> Exchange:
-    """Return the exchange that evaluates on this machine."""
-    return local(parts.evaluator, parts.open_silo(ui.tick), {})
+def looking(parts: Parts, memory: Memory, ui: Ui) -> Exchange:
+    """Return the exchange that evaluates on this machine; a silo may have something of its own in its `memory`."""
+    return local(parts.evaluator, parts.open_silo(ui.tick), memory)
 
 
 def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, stored: float) -> tuple[State, float]:
@@ -117,12 +118,12 @@ def held_out_losses(
     names: Sequence[str] | None = None,
     base: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Return `loss` (and `accuracy` where the task has one) on the silos' held-out text."""
+    """Return `loss` (and `accuracy` and `calibrated` where the task has them) on the silos' held-out text."""
     names = parts.looked if names is None else names
     requests = [Request(name, round_number, "evaluate", params, {"base": float(base)}) for name in names]
     found: dict[str, dict[str, float]] = {}
     for reply in exchange(requests):
-        for key in ("loss", "accuracy"):
+        for key in MEASURES:
             if key in reply.scalars:
                 found.setdefault(key, {})[reply.client] = reply.scalars[key]
     return found

@@ -65,7 +65,9 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     head = asked["head"]
     tensors, _ = load_message(Path(asked["request"]))
     request = Request(head["client"], head["round"], head["op"], tensors, head["scalars"])
-    memory = load_message(Path(asked["memory"]))[0] if asked["memory"] else {}
+    # To be looked at a silo needs only what it keeps of its own, and most keep nothing.
+    wanted = asked["memory"] and (request.op == "train" or held.parts.own)
+    memory = load_message(Path(asked["memory"]))[0] if wanted else {}
     reply, kept = answer(held, request, memory, ticking(held.parts, request, say))
     if kept and request.op == "train":
         with replacing(Path(asked["reply"] + ".memory")) as beside:
@@ -113,9 +115,9 @@ def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
     from fedllm.core.tensors import subtract
 
     steps = int(request.scalars["rounds"]) * parts.work().steps(silo.data)
-    learned, _ = parts.work(steps=steps, epochs=None).client(request, silo)
+    learned, kept = parts.work(steps=steps, epochs=None).client(request, silo)
     asked = Request(request.client, 0, "evaluate", subtract(request.tensors, learned.tensors), {"base": 0.0})
-    reply, _ = parts.evaluator(asked, silo)
+    reply, _ = parts.evaluator(asked, silo._replace(memory=kept))
     return reply._replace(round=request.round, tensors={}), {}
 
 

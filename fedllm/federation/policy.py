@@ -16,7 +16,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 SHA256 = r"[0-9a-f]{64}"
 
-METRICS = ("train_loss", "loss", "accuracy", "tokens", "scored", "train", "test", "skipped")
+METRICS = ("train_loss", "loss", "accuracy", "calibrated", "tokens", "scored", "train", "test", "skipped")
 """Scalars that may leave a site that says nothing about them: means and counts over its text."""
 
 Known = Mapping[str, Collection[str]]

@@ -13,6 +13,9 @@ from fedllm.silo.templates import Turn, first_token, render
 
 Row = Mapping[str, Any]
 
+NEUTRAL = ("N/A", "[MASK]", "")
+"""Texts that say nothing (Zhao et al. 2021, arXiv:2102.09690, section 5)."""
+
 
 class Prepared(NamedTuple):
     """A silo's examples, and how many rows gave none because nothing of them could be scored."""
@@ -25,7 +28,8 @@ class Task(NamedTuple):
     """What is learned from a row; `prepare(rows, where)` names `where` in its errors.
 
     `label` is the column that says what kind of row it is, if there is one, `words` what the model
-    may answer, and `cue` the text that stands before the answer of every row.
+    may answer, and `cue` the text that stands before the answer of every row. `neutral` are rows that say nothing,
+    each with one of the words after it: what the model answers there it leans to anyway.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Task(NamedTuple):
     label: str | None = None
     words: Sequence[str] = ()
     cue: str = ""
+    neutral: Sequence[Example] = ()
 
 
 def instruct(
@@ -166,8 +171,15 @@ def classify(
                 examples.append(example)
         return Prepared(examples, len(rows) - len(examples))
 
+    def neutral_row(said: str) -> Example | None:
+        asked = first_token(tokenizer) + template.replace("{text}", said)
+        # As for a row: without any text before the word its first token could not be scored.
+        return tokenise(tokenizer, [(asked or ".", False), (f" {known[0]}", True)], sys.maxsize)
+
     cue = template.rpartition("{text}")[2]
-    return Task("classify", prepare, label, tuple(words.values()) if words else (), cue)
+    known = tuple(words.values()) if words else ()
+    neutral = [example for said in NEUTRAL if (example := neutral_row(said))] if known else []
+    return Task("classify", prepare, label, known, cue, neutral)
 
 
 def label_word(label: str, words: Mapping[str, str] | None) -> str:

@@ -20,7 +20,8 @@ from fedllm.silo.objective import causal_loss
 from fedllm.silo.scoring import continuation, score_continuations
 from fedllm.silo.tasks import causal, instruct
 from fedllm.silo.templates import Turn, opening
-from fedllm.silo.trainables import full, lora, p_tuning, prefix, prompt, trained
+from fedllm.silo.prompts import p_tuning, prefix, prompt
+from fedllm.silo.trainables import full, lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

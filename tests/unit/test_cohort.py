@@ -12,7 +12,8 @@ from fedllm.core.types import Request, Silo
 from fedllm.silo.cohort import stackable, stacked
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.tasks import instruct
-from fedllm.silo.trainables import dora, full, ia3, lora, peft_method, prefix, prompt, trained, write
+from fedllm.silo.prompts import p_tuning, prefix, prompt
+from fedllm.silo.trainables import dora, full, ia3, lora, peft_method, trained, write
 from fedllm.silo.training import local_training
 from fedllm.silo.width import cohort_width
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -212,8 +213,6 @@ def test_plain_lora_can_be_stacked(trainable):
         dora(2),
         lora(2, dropout=0.1),
         full(),
-        prompt(3),
-        prefix(3),
         ia3(),
         peft_method("LORA", r=2, target_modules=["q_proj", "embed_tokens"]),
         peft_method("LORA", r=2, target_modules=["q_proj"], modules_to_save=["norm"]),

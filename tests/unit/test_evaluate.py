@@ -12,7 +12,8 @@ from fedllm.silo.evaluate import each_word, held_out
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.tasks import causal, classify, instruct, word_tokens
-from fedllm.silo.trainables import full, lora, p_tuning, prefix, prompt, trained
+from fedllm.silo.prompts import p_tuning, prefix, prompt
+from fedllm.silo.trainables import full, lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=True)

@@ -19,7 +19,8 @@ from fedllm.silo.scoring import (
     log_likelihoods,
     score_continuations,
 )
-from fedllm.silo.trainables import lora, prefix, prompt, trained
+from fedllm.silo.prompts import prefix, prompt
+from fedllm.silo.trainables import lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
