@@ -17,7 +17,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Client, Select, Silo, Tensors, Work
+from fedllm.core.types import Algorithm, Client, Select, Share, Silo, Tensors, Work
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
@@ -52,7 +52,9 @@ class Parts(NamedTuple):
     looked: Sequence[str]
     """The silos whose held-out text is looked at."""
     own: Tensors
-    """What each silo trains and keeps to itself, as it is at first."""
+    """What no silo ever sends, as it is at first."""
+    first: Tensors
+    """All that is trained, as it is at first, where silos keep some of it to themselves."""
     links: Mapping[str, SiloLink]
     """The network that rounds are reckoned over, if the recipe has one."""
     width: int
@@ -60,7 +62,7 @@ class Parts(NamedTuple):
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, self.trainable, self.params, self.own, **changes)
+        return make_work(self.recipe, self.objective, self.tokenizer, self.trainable, self.first, **changes)
 
     def open_silo(self, tick: Callable[[int], None]) -> Callable[[str], Silo]:
         """Return the function that opens a silo by name; `tick` hears of every step."""
@@ -107,14 +109,21 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
-    work = make_work(recipe, objective, tokenizer, trainable, params, own)
+    share: Share = make("share", recipe.share, rounds=recipe.rounds)
+    if own and share.name and not share.partial:
+        raise FedllmError(
+            f"share.name is '{recipe.share['name']}', whose silos train all that is sent, and trainable.personal is "
+            "never sent; use share.name = 'everything' or trainable.personal = 0."
+        )
+    first = {**params, **own} if own or share.partial else {}
+    work = make_work(recipe, objective, tokenizer, trainable, first)
     factors = any(".lora_A." in name and value.dim() == 2 for name, value in params.items())
     algorithm = averaging(
         work=work,
         select=select,
         aggregate=make("aggregate", recipe.aggregate),
         optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
-        share=make("share", recipe.share, rounds=recipe.rounds),
+        share=share._replace(name=stays_text(share, own)),
         transforms=[make("transforms", part) for part in recipe.transforms],
         probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
     )
@@ -123,7 +132,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = ()) -
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), own, links, width,
+        evaluator, fitting, sample(silos.names, recipe), own, first, links, width,
     )  # fmt: skip
 
 
@@ -132,18 +141,26 @@ def make_work(
     objective: Objective,
     tokenizer: Any,
     trainable: Trainable,
-    params: Tensors,
-    own: Tensors,
+    first: Tensors,
     **changes: Any,
 ) -> Work:
-    """Return a recipe's local training, with other settings where given; what is a silo's `own` stays there."""
+    """Return a recipe's local training, with other settings where given.
+
+    Where not all that is trained is sent, `first` is how all of it begins.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if "steps" in changes:
         # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
         changes = {"rounds": 1, **changes}
     part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
     work: Work = trainable.work(make("client", part, objective, pad, rounds=recipe.rounds))
-    return keeping(work, {**params, **own}) if own else work
+    return keeping(work, first) if first else work
+
+
+def stays_text(share: Share, own: Tensors) -> str:
+    """Say beside what is shared how much never leaves a silo."""
+    count = sum(value.numel() for value in own.values())
+    return "; ".join(filter(None, [share.name, f"{count:,} personal values stay at each silo" if own else ""]))
 
 
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:

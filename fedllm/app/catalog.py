@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fedllm.algorithms import scored_layers
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import everything
@@ -32,7 +33,11 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "client": {"local_training": training.local_training},
     "select": {"everyone": select.everyone, "fixed_size": select.fixed_size, "poisson": select.poisson},
-    "share": {"everything": everything, "fragments": fragments.fragments},
+    "share": {
+        "everything": everything,
+        "fragments": fragments.fragments,
+        "scored_layers": scored_layers.scored_layers,
+    },
     "aggregate": {"mean": aggregate.mean},
     "optimiser": {
         "fedavg": optimisers.fedavg,

@@ -44,6 +44,7 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if event["event"] == "alone" and event["silo"] in event.get(key, {})
             },
             "federated": looked[-1].get(key, {}) if looked else {},
+            "shared part only": looked[-1].get("without_own", {}).get(key, {}) if looked else {},
             "pooled": last(events, "pooled").get(key, {}),
         }
         if any(found.values()):
@@ -78,7 +79,7 @@ def last(events: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
 def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
     """Return the table of held-out losses per silo; with many silos the first `most` of them and the mean."""
     losses = metrics["loss"]
-    kinds = [kind for kind in ("base", "alone", "federated", "pooled") if kind in losses]
+    kinds = [kind for kind in ("base", "alone", "federated", "shared part only", "pooled") if kind in losses]
     table = Table(title="Held-out loss per silo (nats a token; lower is better)", title_justify="left")
     table.add_column("silo")
     for kind in kinds:

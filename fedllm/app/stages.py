@@ -33,7 +33,7 @@ def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in parts.silos.shards.items()}
-    return Nodes(by_op({"train": train, "evaluate": looking(parts, memory, ui)}), memory, held)
+    return Nodes(by_op({"train": train, "score": train, "evaluate": looking(parts, memory, ui)}), memory, held)
 
 
 def looking(parts: Parts, memory: Memory, ui: Ui) -> Exchange:
@@ -57,14 +57,17 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
         report = {**report, **{f"dropped.{name}": why for name, why in nodes.silent().items()}}
     server = clock() - begun
 
-    looked, losses = clock(), dict[str, dict[str, float]]()
+    looked, losses, apart = clock(), dict[str, dict[str, float]](), dict[str, dict[str, float]]()
     if after.round % recipe.evaluate.every == 0 or after.round == recipe.rounds:
         with ui.part("held-out loss", evaluation_steps(parts)):
             losses = held_out_losses(parts, nodes.exchange, after.params, after.round)
+            if parts.first and after.round == recipe.rounds:
+                apart = held_out_losses(parts, nodes.exchange, after.params, after.round, shared=True)
     event = {
         "event": "round",
         "round": after.round,
         **losses,
+        **({"without_own": apart} if apart else {}),
         **tell(report),
         **(over_links(parts, traffic, report) if parts.links else {}),
         "asked": asked,
@@ -117,10 +120,17 @@ def held_out_losses(
     round_number: int = 0,
     names: Sequence[str] | None = None,
     base: bool = False,
+    shared: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Return `loss` (and `accuracy` and `calibrated` where the task has them) on the silos' held-out text."""
+    """Return `loss` (and `accuracy` and `calibrated` where the task has them) on the silos' held-out text.
+
+    With `shared` what silos keep to themselves is left out.
+    """
     names = parts.looked if names is None else names
-    requests = [Request(name, round_number, "evaluate", params, {"base": float(base)}) for name in names]
+    requests = [
+        Request(name, round_number, "evaluate", params, {"base": float(base), "shared": float(shared)})
+        for name in names
+    ]
     found: dict[str, dict[str, float]] = {}
     for reply in exchange(requests):
         for key in MEASURES:

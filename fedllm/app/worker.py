@@ -66,7 +66,7 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     tensors, _ = load_message(Path(asked["request"]))
     request = Request(head["client"], head["round"], head["op"], tensors, head["scalars"])
     # To be looked at a silo needs only what it keeps of its own, and most keep nothing.
-    wanted = asked["memory"] and (request.op == "train" or held.parts.own)
+    wanted = asked["memory"] and (request.op == "train" or held.parts.first)
     memory = load_message(Path(asked["memory"]))[0] if wanted else {}
     reply, kept = answer(held, request, memory, ticking(held.parts, request, say))
     if kept and request.op == "train":
@@ -101,7 +101,7 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
         counts = {part: float(len(silo.data[part])) for part in ("train", "test")}
         skipped = {"skipped": float(parts.silos.skipped[name])}
         return Reply(name, request.round, {}, 1.0, counts | skipped), {}
-    if request.op == "train":
+    if request.op in ("train", "score"):
         return parts.algorithm.client(request, silo)
     if request.op == "evaluate":
         return parts.evaluator(request, silo)

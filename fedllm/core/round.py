@@ -137,7 +137,8 @@ def averaging(
     def wire(like: Tensors) -> Tensors:
         return largest(wire_stages(transforms, part)[-1] for part in parts_of(share, like))
 
-    return Algorithm(init, client, server, cohort, steps, wire, lambda like: largest(parts_of(share, like)))
+    whole = Algorithm(init, client, server, cohort, steps, wire, lambda like: largest(parts_of(share, like)))
+    return share.around(whole, select)
 
 
 def parts_of(share: Share, like: Tensors) -> Iterator[Tensors]:

@@ -202,7 +202,9 @@ class Share(NamedTuple):
 
     `up(round, params)` picks the same names every `period` rounds, in the order they have there, and raises
     `FedllmError` where a name would never have its turn. `work` is the client's half: it may keep weights of its own
-    between rounds. `note(state, asked, answered)` is what the server remembers of its clients.
+    between rounds. `note(state, asked, answered)` is what the server remembers of its clients. `around` may have
+    messages of its own before a round's, where what travels depends on what the silos say. Of a `partial` share a
+    silo trains also what does not travel, and keeps it.
     """
 
     name: str
@@ -211,6 +213,8 @@ class Share(NamedTuple):
     period: int = 1
     work: Callable[[Work], Work] = lambda work: work
     note: Callable[[State, Sequence[str], Set[str]], Tensors] = lambda state, asked, answered: {}
+    around: Callable[[Algorithm, Select], Algorithm] = lambda algorithm, select: algorithm
+    partial: bool = False
 
 
 class Step(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -45,8 +46,9 @@ class StackedLora(nn.Module):
 class StackedPrompt(nn.Module):
     """A prompt encoder with C clients' parameters, each for its own rows; rows are grouped by client."""
 
-    def __init__(self, encoder: nn.Module, values: Tensors) -> None:
+    def __init__(self, encoder: nn.Module, values: Tensors, places_P: Tensor) -> None:
         super().__init__()
+        self.places_P = places_P
         # A list, since a prompt encoder's parameters are not to be found as this module's own.
         self.encoder = [encoder]
         self.names = list(values)
@@ -65,6 +67,10 @@ class StackedPrompt(nn.Module):
             for own in zip(*self.values, strict=True)
         ]
         return torch.cat(each).repeat_interleave(rows, 0)
+
+    def for_rows(self, batch_size: int, **_: Any) -> Tensor:
+        """Return the virtual tokens of so many rows, as `peft` asks for them."""
+        return self(self.places_P.expand(batch_size, -1))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -104,12 +110,18 @@ def stacked(model: nn.Module, values: Tensors) -> Iterator[Mapping[str, nn.Param
     """Put stacked adapters or prompts `values` (name -> [C, ...]) into a stackable model; yield them as parameters."""
     if (encoder := prompt_encoder(model)) is not None:
         place = PROMPT.removesuffix(".")
-        prompts = StackedPrompt(encoder, {name.removeprefix(PROMPT): value for name, value in values.items()})
+        many: Any = model
+        own = {name.removeprefix(PROMPT): value for name, value in values.items()}
+        prompts = StackedPrompt(encoder, own, many.prompt_tokens["default"].to(next(encoder.parameters()).device))
         try:
             model.set_submodule(place, prompts)
+            if many.active_peft_config.peft_type != "PREFIX_TUNING":
+                # Of prompts peft makes one and repeats it for every row.
+                many.get_prompt = prompts.for_rows
             yield dict(zip(values, prompts.values, strict=True))
         finally:
             model.set_submodule(place, encoder)
+            many.__dict__.pop("get_prompt", None)
         return
     layers = lora_layers(model)
     params: dict[str, nn.Parameter] = {}

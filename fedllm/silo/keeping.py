@@ -45,8 +45,7 @@ def keeping(work: Work, first: Tensors) -> Work:
         begun = [begin(*member) for member in members]
         answers = together(begun)
         return [
-            end(asked, whole, *answer)
-            for (asked, _), (whole, _), answer in zip(members, begun, answers, strict=True)
+            end(asked, whole, *answer) for (asked, _), (whole, _), answer in zip(members, begun, answers, strict=True)
         ]
 
     return work._replace(client=client, cohort=cohort if together else None)

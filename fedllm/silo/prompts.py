@@ -26,7 +26,7 @@ TOKENS = 16
 """Virtual tokens where the recipe says nothing."""
 
 COMMON = 5000
-"""Of so many tokens, the first of the vocabulary and so the commonest, a start is drawn (Lester et al., section 3.2)."""
+"""Of so many tokens, the first and so the commonest, a start is drawn (Lester et al. 2021, section 3.2)."""
 
 
 class PersonalPrompt(nn.Module):

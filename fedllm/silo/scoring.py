@@ -151,9 +151,7 @@ def calibrated(shares: Sequence[float], usual: Sequence[float]) -> list[float]:
     """
     least = 1e-12
     mean = sum(usual) / len(usual)
-    return [
-        share / max(usual[place] if place < len(usual) else mean, least) for place, share in enumerate(shares)
-    ]
+    return [share / max(usual[place] if place < len(usual) else mean, least) for place, share in enumerate(shares)]
 
 
 def largest(values: Sequence[float]) -> int:
