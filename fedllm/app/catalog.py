@@ -63,6 +63,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "partition": {
         "by_column": partition.by_column,
+        "by_label": partition.by_label,
         "iid": partition.iid,
         "dirichlet": partition.dirichlet,
         "quantity": partition.quantity,

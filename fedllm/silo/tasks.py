@@ -143,14 +143,16 @@ def classify(
     *,
     text: str = "text",
     label: str = "label",
-    words: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | Sequence[str] | None = None,
     template: str = "{text}\nLabel:",
     max_tokens: int = 512,
 ) -> Task:
     """Classification by label words: after the template the model says the word of the label.
 
-    `words` maps a label to its word (the label itself if absent); a word may be several tokens.
+    `words` maps a label to its word, or lists the labels, whose words are they with a space for each `_`; without it
+    a label is its own word, and there is no accuracy. A word may be several tokens.
     """
+    word_of = words if words is None or isinstance(words, Mapping) else {each: each.replace("_", " ") for each in words}
     if "{text}" not in template:
         raise FedllmError("task.template has no {text}; put it where the row's text goes.")
 
@@ -165,7 +167,7 @@ def classify(
                     )
             said, kind = (text_in(row, column, f"{where}, row {number}") for column in (text, label))
             asked = first_token(tokenizer) + template.replace("{text}", said)
-            pieces = [(asked, False), (label_word(kind, words), True)]
+            pieces = [(asked, False), (label_word(kind, word_of), True)]
             example = tokenise(tokenizer, pieces, sys.maxsize)
             if example and len(example.input_ids) <= max_tokens:
                 examples.append(example)
@@ -177,7 +179,7 @@ def classify(
         return tokenise(tokenizer, [(asked or ".", False), (f" {known[0]}", True)], sys.maxsize)
 
     cue = template.rpartition("{text}")[2]
-    known = tuple(words.values()) if words else ()
+    known = tuple(word_of.values()) if word_of else ()
     neutral = [example for said in NEUTRAL if (example := neutral_row(said))] if known else []
     return Task("classify", prepare, label, known, cue, neutral)
 

@@ -32,6 +32,8 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
     for name in names:
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
         rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
+        labels = list(table["task"].get("words", [""]))
+        rows = [{**row, "label": labels[i % len(labels)]} for i, row in enumerate(rows)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table["silos"] = {name: f"{name}.jsonl" for name in names}
     table.pop("partition", None)
