@@ -98,7 +98,7 @@ def prompt(
                 attached.prompt_encoder["default"] = PersonalPrompt(whole_PD[:count], whole_PD[count:])
             else:
                 attached.prompt_encoder["default"].embedding.weight.copy_(whole_PD)
-        return attached  # type: ignore[no-any-return]
+        return attached
 
     return plain._replace(name="prompt", attach=attach, stays=lambda name: name.endswith("default.personal"))
 
@@ -164,7 +164,7 @@ def prefix(
                 )
             flat_PF = start_PF
         attached.prompt_encoder["default"] = LayeredPrefix(flat_PF, layers)
-        return attached  # type: ignore[no-any-return]
+        return attached
 
     return plain._replace(name="prefix", attach=attach)
 

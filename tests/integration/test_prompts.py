@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fedllm.app.build import build
 from fedllm.app.config import read_recipe, write_recipe
 from fedllm.app.lead import lead
 from fedllm.app.progress import Ui
+from fedllm.app.results import comparisons
 from fedllm.app.run import resume, run
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.runtime.store import load_checkpoint, read_events
@@ -101,6 +104,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(kind, place, tmp_path):
     same(resume(tmp_path / "stopped"), straight)
     metrics = json.loads((straight / "metrics.json").read_text())
     assert set(metrics["calibrated"]["federated"]) == set(NAMES)
+    shown = Console(width=120, record=True, file=StringIO())
+    shown.print(comparisons(metrics))
+    assert [line.split(" per silo")[0] for line in shown.export_text().splitlines() if " per silo" in line] == [
+        "Held-out loss",
+        "Accuracy",
+        "Accuracy",
+    ]
     if kind != "encoder":
         assert metrics["loss"]["shared part only"] != metrics["loss"]["federated"]
 
