@@ -41,6 +41,8 @@ class Data(Closed):
     limit_train: int = Field(0, ge=0)
     limit_test: int = Field(64, ge=0)
     """Rows of a silo that are used at most (0: all); test rows cost time in every round."""
+    limit_by: Literal["first", "random"] = "first"
+    """Which rows those are; in a file that is sorted by label the first ones would all be of one kind."""
 
 
 class Evaluate(Closed):

@@ -7,9 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fedllm.app.catalog import make
-from fedllm.app.config import Recipe, SiloFiles
+from fedllm.app.config import Data, Recipe, SiloFiles
 from fedllm.core.errors import FedllmError
+from fedllm.core.seeds import generator
 from fedllm.core.types import NOTHING, Dataset
 from fedllm.silo.cleaning import clean
 from fedllm.silo.columns import renamed
@@ -116,7 +119,15 @@ def split(name: str, rows: Rows, test: Rows | None, recipe: Recipe) -> Shard:
             rows, test = hold_out(rows, data.held_out, seed)
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
-    return Shard(rows[: data.limit_train or None], test[: data.limit_test or None], counts)
+    return Shard(limited(rows, data.limit_train, data, seed), limited(test, data.limit_test, data, seed), counts)
+
+
+def limited(rows: Rows, limit: int, data: Data, seed: int) -> Rows:
+    """Return at most so many rows (0: all), in their order."""
+    if not limit or len(rows) <= limit or data.limit_by == "first":
+        return rows[: limit or None]
+    drawn = torch.randperm(len(rows), generator=generator(seed, "limit"))[:limit]
+    return [rows[place] for place in sorted(drawn.tolist())]
 
 
 def counted(counts: Mapping[str, int]) -> str:
