@@ -214,7 +214,7 @@ def era_losses(model: Path, setting: Setting, folder: Path) -> dict[str, float]:
     """Return a model's loss on each era's held-out text, in float32."""
     recipe = recipe_of(Kind(ERAS), setting, str(model), folder / "data")
     parts = build(read_recipe({**recipe, "dtype": "float32"}))
-    return held_out_losses(parts, looking(parts, Ui(None)), parts.params)["loss"]
+    return held_out_losses(parts, looking(parts, {}, Ui(None)), parts.params)["loss"]
 
 
 def mean(values: Any) -> float:

@@ -27,12 +27,13 @@ from fedllm.app.voices import (
     speaker_for,
     words_task,
 )
+from fedllm.app.work import check_kept, make_work, stays_text
 from fedllm.core.errors import FedllmError
 from fedllm.core.noise import fresh_secret, key_of
 from fedllm.core.plan import Plan, plan
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Client, Dataset, Select, Silo, State, Tensors, Transform, Work
+from fedllm.core.types import Algorithm, Client, Dataset, Select, Share, Silo, State, Tensors, Transform, Work
 from fedllm.exchange.availability import Presence, availability, presences
 from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
@@ -40,12 +41,12 @@ from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo import trainables
 from fedllm.silo.cohort import stackable
-from fedllm.silo.dp_sgd import Guard
 from fedllm.silo.endpoint import Endpoint
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.fit import slowed
 from fedllm.silo.models import ENDPOINT, empty_model, load_model, load_tokenizer, pick_device, pick_dtype
 from fedllm.silo.objective import Objective, causal_loss
+from fedllm.silo.prompts import require_room, virtual_tokens
 from fedllm.silo.questions import Asking, asking
 from fedllm.silo.speaker import Speaker
 from fedllm.silo.streams import Blocks
@@ -73,6 +74,10 @@ class Parts(NamedTuple):
     plan: Plan
     looked: Sequence[str]
     """The silos whose held-out text is looked at."""
+    own: Tensors
+    """What no silo ever sends, as it is at first."""
+    first: Tensors
+    """All that is trained, as it is at first, where silos keep some of it to themselves."""
     links: Mapping[str, SiloLink]
     """The network that rounds are reckoned over, if the recipe has one."""
     there: Mapping[str, Presence]
@@ -90,7 +95,9 @@ class Parts(NamedTuple):
 
     def work(self, **changes: Any) -> Work:
         """Return the recipe's local training, with other settings where given."""
-        return make_work(self.recipe, self.objective, self.tokenizer, self.secret, self.ranks, **changes)
+        return make_work(
+            self.recipe, self.objective, self.tokenizer, self.secret, self.ranks, self.trainable, self.first, **changes
+        )
 
     def pace(self, name: str) -> int:
         """Return how many steps a silo of this machine takes in a round."""
@@ -131,7 +138,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     asked = asking(recipe.task) if CATALOG["algorithm"].get(recipe.algorithm["name"]) in SEND_PROMPTS else None
     tokenizer = None if endpoint else load_tokenizer(recipe.model)
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
-    trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable)
+    trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable, tokenizer=tokenizer)
     shards = {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe)
     silos = Silos(shards, task, tested=recipe.evaluate.examples, asking=asked)
     if not elsewhere:
@@ -162,9 +169,15 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         check_vocabulary(recipe, tokenizer, model)
     autocast = None if trainable.adapter or dtype == torch.float32 else dtype
     objective = causal_loss(autocast)
-    params: Tensors = parameters(model)
+    every: Tensors = parameters(model)
     if device.type == "mps":
-        params = {name: value.cpu() for name, value in params.items()}
+        every = {name: value.cpu() for name, value in every.items()}
+    params: Tensors = {name: value for name, value in every.items() if not trainable.stays(name)}
+    own = {name: value for name, value in every.items() if trainable.stays(name)}
+    if own and not params:
+        raise FedllmError("All that is trained stays at the silos; let trainable.tokens be 1 or more beside personal.")
+    if not elsewhere and virtual_tokens(model):
+        require_room(model, virtual_tokens(model), longest_of_all(silos))
 
     if private_method(recipe):
         raise FedllmError(
@@ -180,7 +193,10 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     there = presence_of(silos.names, recipe, bool(elsewhere))
-    work = make_work(recipe, objective, tokenizer, secret, ranks)
+    share: Share = make("share", recipe.share, rounds=recipe.rounds)
+    check_kept(recipe, share, own)
+    first = {**params, **own} if own or share.partial else {}
+    work = make_work(recipe, objective, tokenizer, secret, ranks, trainable, first)
     if privacy.trusts_nobody(recipe):
         work = nothing_else(work)
     # What a probe tells has no noise on it.
@@ -195,7 +211,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
             select=select,
             aggregate=make("aggregate", recipe.aggregate),
             optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
-            share=make("share", recipe.share, rounds=recipe.rounds),
+            share=share._replace(name=stays_text(share, own)),
             transforms=privacy.transforms(recipe, len(silos.names), secret),
             middleware=[availability(there, derive(recipe.seed, "availability"))] if there else [],
             probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
@@ -205,13 +221,13 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     evaluator = (
         method.evaluator
         if method
-        else held_out(objective, task, tokenizer, trainable, batch_size=rows, autocast=autocast)
+        else held_out(objective, task, tokenizer, trainable, batch_size=rows, autocast=autocast, first=own)
     )
     fitting = plan(algorithm, params)
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)
     return Parts(
         recipe, device, dtype, tokenizer, task, silos, trainable, model, params, objective, select, algorithm,
-        evaluator, fitting, sample(silos.names, recipe), links, there, width, ranks, secret, method,
+        evaluator, fitting, sample(silos.names, recipe), own, first, links, there, width, ranks, secret, method,
         endpoint,
     )  # fmt: skip
 
@@ -296,39 +312,18 @@ def kept_dtype(trainable: Trainable, dtype: torch.dtype) -> torch.dtype:
     return dtype if trainable.adapter else torch.float32
 
 
-def make_work(
-    recipe: Recipe,
-    objective: Objective,
-    tokenizer: Any,
-    secret: bytes,
-    ranks: Ranks | None = None,
-    **changes: Any,
-) -> Work:
-    """Return a recipe's local training, with other settings where given."""
-    # A model behind an API has no tokenizer here, and nothing that is trained.
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
-    if "steps" in changes:
-        # Whoever says how many steps trains in one go, in which the learning rate runs its whole course.
-        changes = {"rounds": 1, **changes}
-    part = {key: value for key, value in {**recipe.client, **changes}.items() if value is not None}
-    guard = Guard(secret, lambda records: privacy.record_noise(recipe, records))
-    bound = [guard] if privacy.hides_records(recipe) else []
-    work: Work = make("client", part, objective, pad, *bound, rounds=recipe.rounds)
-    return ranks.work(work, part, pad) if ranks else work
-
-
 def choose_width(recipe: Recipe, model: nn.Module, silos: Silos, algorithm: Algorithm, device: torch.device) -> int:
     """Return how many clients train as one batch."""
     fits = algorithm.cohort is not None and stackable(model)
     if recipe.runtime == "cohort" and not fits:
         raise FedllmError(
-            "runtime is 'cohort', which trains plain LoRA without dropout on linear layers; use runtime = 'auto' or "
-            "trainable.name = 'lora' with dropout = 0."
+            "runtime is 'cohort', which trains plain LoRA without dropout on linear layers, or a soft prompt without "
+            "an encoder at the silo; use runtime = 'auto', or trainable.name = 'lora' with dropout = 0, or 'prompt'."
         )
     if recipe.runtime == "local" or recipe.processes > 1 or not fits:
         return 1
     rows = int(recipe.client.get("micro_batch") or recipe.client.get("batch_size", 8))
-    width = cohort_width(model, rows, longest(silos), device)
+    width = cohort_width(model, rows, longest(silos) + virtual_tokens(model), device)
     return max(2, width) if recipe.runtime == "cohort" else width
 
 
@@ -355,6 +350,12 @@ def counts(recipe: Recipe, silos: Silos) -> dict[str, int]:
     if not privacy.hides_records(recipe):
         return {}
     return {name: len(silos.examples(name)["train"]) for name in silos.names if silos.shards[name].train}
+
+
+def longest_of_all(silos: Silos) -> int:
+    """Return the tokens of the longest example of all silos, held-out ones too."""
+    each = [part for name in silos.names for part in silos.examples(name).values()]
+    return max(len(example.input_ids) for part in each for example in part)
 
 
 def quiet_libraries() -> None:

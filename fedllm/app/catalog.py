@@ -12,7 +12,16 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedllm.algorithms import black_box, chains, exemplars, fedbpt, self_consistency, templates, text_prompt
+from fedllm.algorithms import (
+    black_box,
+    chains,
+    exemplars,
+    fedbpt,
+    scored_layers,
+    self_consistency,
+    templates,
+    text_prompt,
+)
 from fedllm.core import aggregate, optimisers
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.round import averaging, everything
@@ -30,7 +39,7 @@ from fedllm.exchange import (
     select,
     top_k,
 )
-from fedllm.silo import cleaning, dedupe, dp_sgd, partition, pii, quality, tasks, trainables, training
+from fedllm.silo import cleaning, dedupe, dp_sgd, partition, pii, prompts, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "algorithm": {
@@ -50,9 +59,9 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "lora": trainables.lora,
         "dora": trainables.dora,
         "ia3": trainables.ia3,
-        "prefix": trainables.prefix,
-        "prompt": trainables.prompt,
-        "p_tuning": trainables.p_tuning,
+        "prefix": prompts.prefix,
+        "prompt": prompts.prompt,
+        "p_tuning": prompts.p_tuning,
         "peft": trainables.peft_method,
     },
     "client": {"local_training": training.local_training, "dp_sgd": dp_sgd.dp_sgd},
@@ -62,7 +71,12 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "poisson": select.poisson,
         "cyclic": select.cyclic,
     },
-    "share": {"everything": everything, "fragments": fragments.fragments, "deltas": deltas.deltas},
+    "share": {
+        "everything": everything,
+        "fragments": fragments.fragments,
+        "deltas": deltas.deltas,
+        "scored_layers": scored_layers.scored_layers,
+    },
     "aggregate": {"mean": aggregate.mean},
     "optimiser": {
         "fedavg": optimisers.fedavg,
@@ -93,6 +107,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "partition": {
         "by_column": partition.by_column,
+        "by_label": partition.by_label,
         "iid": partition.iid,
         "dirichlet": partition.dirichlet,
         "quantity": partition.quantity,

@@ -187,11 +187,11 @@ def start(recipe: Recipe, folder: Path | None) -> None:
 
 def close(folder: Path) -> None:
     """Print the comparison and where things are."""
-    from fedllm.app.results import comparison, read_metrics, verdict
+    from fedllm.app.results import comparisons, read_metrics, verdict
 
     metrics = read_metrics(folder)
     out.print()
-    out.print(comparison(metrics))
+    out.print(comparisons(metrics))
     out.print(verdict(metrics), highlight=False, markup=False)
     out.print()
     for what, name in (

@@ -11,6 +11,7 @@ from fedllm.algorithms.baselines import alone, budget
 from fedllm.algorithms.method import Method, only, rounds_of
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
+from fedllm.app.results import MEASURES
 from fedllm.app.scores import general_losses
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, looking, said, training_exchange
 from fedllm.core.seeds import derive
@@ -49,7 +50,7 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
     begun = time.perf_counter()
     requests = [Request(name, 0, "alone", parts.params, {"rounds": float(count)}) for name, count in rounds.items()]
     for reply in nodes.exchange(requests):
-        losses = {key: {reply.client: reply.scalars[key]} for key in ("loss", "accuracy") if key in reply.scalars}
+        losses = {key: {reply.client: reply.scalars[key]} for key in MEASURES if key in reply.scalars}
         seconds = time.perf_counter() - begun
         append_event(folder, {"event": "alone", "silo": reply.client, **losses, "seconds": seconds})
         begun = time.perf_counter()
@@ -57,16 +58,16 @@ def alone_elsewhere(folder: Path, parts: Parts, nodes: Nodes, rounds: Mapping[st
 
 def alone_losses(parts: Parts, ui: Ui, name: str, rounds: int) -> dict[str, Any]:
     """Train one silo alone for as many steps as it took in so many rounds, and look at what it learned."""
-    begun, steps = time.perf_counter(), rounds * parts.pace(name)
+    begun, steps, memory = time.perf_counter(), rounds * parts.pace(name), dict[str, Tensors]()
     with ui.part("alone", steps, counts=True):
         if parts.method:
             params = by_method(parts.method, parts.open_silo(ui.tick)(name), rounds)
         else:
             work = parts.work(steps=steps, epochs=None)._replace(cohort=None)
-            ((_, params),) = alone(training_exchange(parts, work, {}, ui), parts.params, [name])
+            ((_, params),) = alone(training_exchange(parts, work, memory, ui), parts.params, [name])
     with ui.part("held-out loss", None):
         where = parts.looked if len(parts.silos.names) <= EVERYWHERE else [name]
-        losses = held_out_losses(parts, looking(parts, ui), params, names=where)
+        losses = held_out_losses(parts, looking(parts, memory, ui), params, names=where)
     ui.say(f"{name} alone: {said(losses, name)} on its own text")
     return {**losses, "seconds": time.perf_counter() - begun}
 
@@ -102,7 +103,7 @@ def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, 
             work = parts.work(steps=steps, epochs=None, **changes)
             ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
     with ui.part("held-out loss", evaluation_steps(parts)):
-        losses = held_out_losses(parts, looking(parts, ui), params)
+        losses = held_out_losses(parts, looking(parts, {}, ui), params)
         losses |= general_losses(parts, params, ui.tick)
     ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")
     return {**losses, "seconds": time.perf_counter() - begun}

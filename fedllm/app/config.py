@@ -48,6 +48,8 @@ class Data(Closed):
     """Rows of a silo that are used at most (0: all); test rows cost time in every round."""
     not_utf8: Literal["skip", "refuse"] = "skip"
     """What is done about lines that are not UTF-8; those that are skipped are counted in the report."""
+    limit_by: Literal["first", "random"] = "first"
+    """Which rows those are; in a file that is sorted by label the first ones would all be of one kind."""
 
 
 class Evaluate(Closed):

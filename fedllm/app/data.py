@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from fedllm.app.catalog import make
-from fedllm.app.config import Recipe, SiloFiles
+from fedllm.app.config import Data, Recipe, SiloFiles
 from fedllm.app.duplicates import apart
 from fedllm.app.rows import Rows, Shard, counted, named_rows, noting, rows_of, some
 from fedllm.core.errors import FedllmError
+from fedllm.core.seeds import generator
 from fedllm.core.types import Dataset
 from fedllm.silo.cleaning import cleaned
 from fedllm.silo.examples import Joined, spread
@@ -96,7 +99,16 @@ def split(
             train, test = hold_out(kept, data.held_out, recipe.seed)
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
-    return Shard(train[: data.limit_train or None], test[: data.limit_test or None], dict(counts))
+    train, test = limited(train, data.limit_train, data, recipe.seed), limited(test, data.limit_test, data, recipe.seed)
+    return Shard(train, test, dict(counts))
+
+
+def limited(rows: Rows, limit: int, data: Data, seed: int) -> Rows:
+    """Return at most so many rows (0: all), in their order."""
+    if not limit or len(rows) <= limit or data.limit_by == "first":
+        return rows[: limit or None]
+    drawn = torch.randperm(len(rows), generator=generator(seed, "limit"))[:limit]
+    return [rows[place] for place in sorted(drawn.tolist())]
 
 
 class Silos:

@@ -137,7 +137,7 @@ def loss_of(
         scalars = client(Request("", 0, "evaluate", {}), silo)[0].scalars
         loss = scalars["loss"]
         found = {"loss": f"{loss:.3f}", "perplexity": f"{math.exp(min(loss, 700)):,.2f}"}
-        return found | ({"accuracy": f"{scalars['accuracy']:.1%}"} if "accuracy" in scalars else {})
+        return found | {key: f"{scalars[key]:.1%}" for key in ("accuracy", "calibrated") if key in scalars}
 
     return measure
 

@@ -62,11 +62,11 @@ def watch(ask: Ask, name: str, admin: Path) -> None:
 
 def close(folder: Path) -> None:
     """Print a run's comparison and where its results are."""
-    from fedllm.app.results import comparison, read_metrics, verdict
+    from fedllm.app.results import comparisons, read_metrics, verdict
 
     metrics = read_metrics(folder)
     if metrics["loss"]:
-        out.print(comparison(metrics))
+        out.print(comparisons(metrics))
         out.print(verdict(metrics), highlight=False, markup=False)
     for what, file in (("Report", "report.html"), ("Adapter", "adapter"), ("Model", "model")):
         if (folder / file).exists():

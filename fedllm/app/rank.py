@@ -25,6 +25,7 @@ def main(folder: Path, rank: int, count: int) -> None:
     from fedllm.app.build import attached, quiet_libraries
     from fedllm.app.catalog import make
     from fedllm.app.config import read_recipe
+    from fedllm.silo.models import load_tokenizer
     from fedllm.silo.objective import causal_loss
     from fedllm.silo.sharded import shard
 
@@ -37,7 +38,7 @@ def main(folder: Path, rank: int, count: int) -> None:
     torch.set_num_threads(told["threads"])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    trainable = make("trainable", recipe.trainable)
+    trainable = make("trainable", recipe.trainable, tokenizer=load_tokenizer(recipe.model))
     # Whole in main memory first; the device only ever has the shards.
     model = shard(attached(recipe, trainable, torch.device("cpu"), dtype), device, count)
     objective = causal_loss(None if trainable.adapter or dtype == torch.float32 else dtype)

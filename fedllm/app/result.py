@@ -16,7 +16,7 @@ from fedllm.app.config import Recipe, read_recipe, read_toml
 from fedllm.core.errors import FedllmError
 from fedllm.runtime.store import load_checkpoint, read_events
 from fedllm.silo.models import SMOLLM2, load_model, load_tokenizer, pick_device, pick_dtype
-from fedllm.silo.trainables import trained, write
+from fedllm.silo.trainables import parameters, trained, write
 
 
 class Opened(NamedTuple):
@@ -57,7 +57,6 @@ def open_result(target: Path, base: bool = False, *, dtype: str | None = None, d
 def open_run(folder: Path, base: bool, dtype: str | None, device: str | None) -> Opened:
     """Open a run: its result if it has come to its end, else its last checkpoint."""
     recipe = read_recipe(read_toml(folder / "recipe.toml"))
-    trainable = make("trainable", recipe.trainable)
     source, kind = recipe.model, dtype or recipe.dtype
     where = device or at_hand(recipe.device)
     if base:
@@ -68,6 +67,7 @@ def open_run(folder: Path, base: bool, dtype: str | None, device: str | None) ->
         where = f"is the text in '{folder / 'prompt'}', to be put before what a model is asked"
         later = f"is there when it has come to its end; `fedllm resume {folder}` goes on"
         raise FedllmError(f"The result of '{recipe.algorithm['name']}' {where if finished else later}.")
+    trainable = make("trainable", recipe.trainable, tokenizer=load_tokenizer(recipe.model))
     if finished and trainable.adapter:
         return open_adapter(folder / "adapter", False, kind, where)._replace(recipe=recipe, note=f"the run {folder}")
     if finished:
@@ -78,7 +78,7 @@ def open_run(folder: Path, base: bool, dtype: str | None, device: str | None) ->
         raise FedllmError(f"The run '{folder}' has not come to the end of a round; `fedllm resume {folder}` goes on.")
     # Weights that are trained are checkpointed, and loaded, in float32.
     model = trainable.attach(load(source, kind if trainable.adapter else "float32", where), recipe.seed)
-    write(trained(model), kept.state.params)
+    write(trained(model), {**parameters(model), **kept.state.params})
     note = f"the run {folder} after round {kept.state.round} of {recipe.rounds}"
     as_base = model.disable_adapter if trainable.adapter else None
     return Opened(model, load_tokenizer(source), recipe, source, note, as_base)

@@ -8,10 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from fedllm.runtime.store import read_events, write_text
+
+TITLES = {
+    "loss": "Held-out loss per silo (nats a token; lower is better)",
+    "accuracy": "Accuracy per silo (share of held-out rows whose own word is likeliest; higher is better)",
+    "calibrated": "Accuracy per silo, less what the model leans to anyway (contextual calibration)",
+}
+"""What a look at held-out text may tell, and how its table is headed."""
+
+MEASURES = tuple(TITLES)
 
 SEARCH = ("score", "best_score", "prompt", "calls_spent", "calls_left", "tokens_spent", "tokens_left")
 """What the last round of a search tells of it."""
@@ -36,7 +46,7 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     looked = [event for event in rounds if event.get("loss") or event.get("accuracy")]
     alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone" and "loss" in event}
     metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
-    for key in ("loss", "accuracy"):
+    for key in MEASURES:
         found = {
             "base": last(events, "base").get(key, {}),
             "alone": {
@@ -45,6 +55,7 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if event["event"] == "alone" and event["silo"] in event.get(key, {})
             },
             "federated": looked[-1].get(key, {}) if looked else {},
+            "shared part only": looked[-1].get("without_own", {}).get(key, {}) if looked else {},
             "pooled": last(events, "pooled").get(key, {}),
         }
         if any(found.values()):
@@ -88,35 +99,40 @@ def last(events: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
     return next((event for event in reversed(events) if event["event"] == kind), {})
 
 
-def comparison(metrics: Mapping[str, Any], most: int = 20) -> Table:
-    """Return the table of held-out losses per silo; with many silos the first `most` of them and the mean."""
+def comparisons(metrics: Mapping[str, Any], most: int = 20) -> Group:
+    """Return the tables of held-out losses per silo, and of accuracies where the task has them."""
     if not metrics["loss"] and metrics.get("accuracy"):
-        return accuracies(metrics["accuracy"], most)
-    losses = metrics["loss"]
-    kinds = [kind for kind in ("base", "alone", "federated", "pooled") if kind in losses]
-    table = Table(title="Held-out loss per silo (nats a token; lower is better)", title_justify="left")
+        return Group(accuracies(metrics["accuracy"], most))
+    return Group(*(comparison(metrics, most, what) for what in TITLES if what in metrics))
+
+
+def comparison(metrics: Mapping[str, Any], most: int = 20, what: str = "loss") -> Table:
+    """Return the table of one measure per silo; with many silos the first `most` of them and the mean."""
+    found, higher = metrics[what], what != "loss"
+    kinds = [kind for kind in ("base", "alone", "federated", "shared part only", "pooled") if kind in found]
+    table = Table(title=TITLES[what], title_justify="left")
     table.add_column("silo")
     for kind in kinds:
         table.add_column({"alone": "alone, own text"}.get(kind, kind), justify="right")
-    names = list(losses.get("base", losses.get("federated", {})))
+    names = list(found.get("base", found.get("federated", {})))
     for name in names[:most]:
-        values = {kind: losses[kind].get(name) for kind in kinds}
-        best = min(value for value in values.values() if value is not None)
+        values = {kind: found[kind].get(name) for kind in kinds}
+        best = (max if higher else min)(value for value in values.values() if value is not None)
         table.add_row(escape(name), *(shown(value, value == best) for value in values.values()))
     if len(names) > most:
         table.add_row(f"… {len(names) - most} more", *[""] * len(kinds))
     table.add_section()
-    means = [mean(losses[kind]) for kind in kinds]
+    means = [mean(found[kind]) for kind in kinds]
     table.add_row("mean", *(f"{value:.3f}" for value in means))
-    everywhere = metrics.get("alone_everywhere", {})
+    everywhere = metrics.get("alone_everywhere", {}) if what == "loss" else {}
     if len(everywhere) > 1 and all(len(values) == len(names) for values in everywhere.values()):
         span = sorted(mean(values) for values in everywhere.values())
         cells = {
             "alone": f"{span[0]:.3f} to {span[-1]:.3f}",
-            "federated": f"{mean(losses.get('federated', {})):.3f}",
+            "federated": f"{mean(found.get('federated', {})):.3f}",
         }
-        table.add_row("one model for everyone", *(cells.get(kind, f"{mean(losses[kind]):.3f}") for kind in kinds))
-    general = metrics.get("general", {})
+        table.add_row("one model for everyone", *(cells.get(kind, f"{mean(found[kind]):.3f}") for kind in kinds))
+    general = metrics.get("general", {}) if what == "loss" else {}
     if general:
         table.add_section()
     for name in general.get("base", {}):

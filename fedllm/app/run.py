@@ -237,7 +237,7 @@ def put_down(folder: Path, parts: Parts, state: State, ui: Ui) -> dict[str, Any]
         with on_disk(target):
             parts.method.export(parts.model, parts.shown(state), target)
     else:
-        write(trained(parts.model), state.params)
+        write(trained(parts.model), {**parts.own, **state.params})
     scores = score_files(parts, ui.tick)
     if not parts.method:
         with on_disk(target):

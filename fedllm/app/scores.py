@@ -66,7 +66,8 @@ def general_losses(
     if not recipe.evaluate.general:
         return {}
     task = causal(parts.tokenizer, block=int(recipe.task.get("block", recipe.task.get("max_tokens", 256))))
-    client = held_out(parts.objective, task, parts.tokenizer, parts.trainable, batch_size=recipe.evaluate.batch_size)
+    rows = recipe.evaluate.batch_size
+    client = held_out(parts.objective, task, parts.tokenizer, parts.trainable, batch_size=rows, first=parts.own)
     for name, file in recipe.evaluate.general.items():
         path = Path(recipe.data.root) / file
         blocks = spread(task.prepare(read_rows(path), str(path)).examples, recipe.evaluate.limit)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedllm.app.budget import after_round, before_round
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
+from fedllm.app.results import MEASURES
 from fedllm.core.types import NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
 from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
@@ -36,11 +37,11 @@ class Nodes(NamedTuple):
 def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
-    asked = dict.fromkeys(parts.method.ops if parts.method else ("train",), train)
+    asked = dict.fromkeys(parts.method.ops if parts.method else ("train", "score"), train)
     shards, skipped = parts.silos.shards, parts.silos.skipped
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in shards.items()}
     counts = {name: with_skipped(s.cleaned, skipped.get(name, 0)) for name, s in shards.items()}
-    return Nodes(by_op({**asked, "evaluate": looking(parts, ui)}), memory, held, counts)
+    return Nodes(by_op({**asked, "evaluate": looking(parts, memory, ui)}), memory, held, counts)
 
 
 def with_skipped(cleaned: Mapping[str, int], skipped: int) -> dict[str, int]:
@@ -48,9 +49,9 @@ def with_skipped(cleaned: Mapping[str, int], skipped: int) -> dict[str, int]:
     return {**cleaned, **({UNUSED: skipped} if skipped else {})}
 
 
-def looking(parts: Parts, ui: Ui) -> Exchange:
-    """Return the exchange that evaluates on this machine."""
-    return local(parts.evaluator, parts.open_silo(ui.tick), {})
+def looking(parts: Parts, memory: Memory, ui: Ui) -> Exchange:
+    """Return the exchange that evaluates on this machine; a silo may have something of its own in its `memory`."""
+    return local(parts.evaluator, parts.open_silo(ui.tick), memory if parts.first else {})
 
 
 def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, stored: float) -> tuple[State, float]:
@@ -71,14 +72,17 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     server = clock() - begun
     privacy = after_round(folder, parts, nodes.held, after)
 
-    looked, losses = clock(), dict[str, dict[str, float]]()
+    looked, losses, apart = clock(), dict[str, dict[str, float]](), dict[str, dict[str, float]]()
     if after.round % recipe.evaluate.every == 0 or after.round == recipe.rounds:
         with ui.part("held-out loss", evaluation_steps(parts)):
             losses = held_out_losses(parts, nodes.exchange, parts.shown(after), after.round)
+            if parts.first and after.round == recipe.rounds:
+                apart = held_out_losses(parts, nodes.exchange, parts.shown(after), after.round, shared=True)
     event = {
         "event": "round",
         "round": after.round,
         **losses,
+        **({"without_own": apart} if apart else {}),
         **tell(report),
         **privacy,
         **(over_links(parts, traffic, report) if parts.links else {}),
@@ -132,13 +136,20 @@ def held_out_losses(
     round_number: int = 0,
     names: Sequence[str] | None = None,
     base: bool = False,
+    shared: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Return `loss` (and `accuracy` where the task has one) on the silos' held-out text."""
+    """Return `loss` (and `accuracy` and `calibrated` where the task has them) on the silos' held-out text.
+
+    With `shared` what silos keep to themselves is left out.
+    """
     names = parts.looked if names is None else names
-    requests = [Request(name, round_number, "evaluate", params, {"base": float(base)}) for name in names]
+    requests = [
+        Request(name, round_number, "evaluate", params, {"base": float(base), "shared": float(shared)})
+        for name in names
+    ]
     found: dict[str, dict[str, float]] = {}
     for reply in exchange(requests):
-        for key in ("loss", "accuracy"):
+        for key in MEASURES:
             if key in reply.scalars:
                 found.setdefault(key, {})[reply.client] = reply.scalars[key]
     return found

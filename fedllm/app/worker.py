@@ -78,7 +78,9 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     head = asked["head"]
     tensors, _ = load_message(Path(asked["request"]))
     request = Request(head["client"], head["round"], head["op"], tensors, head["scalars"])
-    memory = load_message(Path(asked["memory"]))[0] if asked["memory"] else {}
+    # To be looked at a silo needs only what it keeps of its own, and most keep nothing.
+    wanted = asked["memory"] and (request.op != "evaluate" or held.parts.first)
+    memory = load_message(Path(asked["memory"]))[0] if wanted else {}
     reply, kept = answer(held, request, memory, ticking(held.parts, request, say))
     if request.op == "drop":
         drop(held, kept["drop"])
@@ -126,7 +128,7 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
         return Reply(name, request.round, {}, 1.0, counts), {}
     if request.op in ("fingerprints", "drop"):
         return compared(held, request)
-    if request.op in (parts.method.ops if parts.method else ("train",)):
+    if request.op in (parts.method.ops if parts.method else ("train", "score")):
         return parts.algorithm.client(request, silo)
     if request.op == "evaluate":
         return parts.evaluator(request, silo)
@@ -169,9 +171,9 @@ def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
         asked = Request(request.client, 0, "evaluate", found, {"base": 0.0})
         return parts.evaluator(asked, silo)[0]._replace(round=request.round, tensors={}), {}
     steps = int(request.scalars["rounds"]) * parts.work().steps(silo.data)
-    learned, _ = parts.work(steps=steps, epochs=None).client(request, silo)
+    learned, kept = parts.work(steps=steps, epochs=None).client(request, silo)
     asked = Request(request.client, 0, "evaluate", subtract(request.tensors, learned.tensors), {"base": 0.0})
-    reply, _ = parts.evaluator(asked, silo)
+    reply, _ = parts.evaluator(asked, silo._replace(memory=kept))
     return reply._replace(round=request.round, tensors={}), {}
 
 

@@ -149,9 +149,14 @@ def averaging(
     def wire(like: Tensors) -> Tensors:
         return largest(wire_stages(transforms, part)[-1] for part in parts_of(share, like))
 
-    return Algorithm(
+    whole = Algorithm(
         init, client, server, cohort, steps, wire, lambda like: share.packed(largest(parts_of(share, like)))
     )
+
+    def reached(number: int) -> list[str]:
+        return [name for name in select(number) if not any(layer.lost(number, name) for layer in middleware)]
+
+    return share.around(whole, reached)
 
 
 def parts_of(share: Share, like: Tensors) -> Iterator[Tensors]:

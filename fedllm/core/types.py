@@ -221,7 +221,9 @@ class Share(NamedTuple):
 
     `up(round, params)` picks the same names every `period` rounds, in the order they have there, and raises
     `FedllmError` where a name would never have its turn. `work` is the client's half: it may keep weights of its own
-    between rounds. `note(state, asked, answered)` is what the server remembers of its clients.
+    between rounds. `note(state, asked, answered)` is what the server remembers of its clients. `around` may have
+    messages of its own before a round's, where what travels depends on what the silos say. Of a `partial` share a
+    silo trains also what does not travel, and keeps it.
     """
 
     name: str
@@ -232,6 +234,8 @@ class Share(NamedTuple):
     note: Callable[[State, Sequence[str], Set[str]], Tensors] = lambda state, asked, answered: {}
     packed: Callable[[Tensors], Tensors] = lambda params: params
     """How what comes back would be sent down to a client that follows the run; runs on meta tensors."""
+    around: Callable[[Algorithm, Select], Algorithm] = lambda algorithm, select: algorithm
+    partial: bool = False
 
 
 class Step(NamedTuple):

@@ -29,7 +29,8 @@ def do(job: Job, folder: Path, site: Site, guard: Guard, audit: Audit) -> None:
     """
     request, reply = job.request, folder / f".{job.name[:16]}.reply"
     about = {"run": job.run, "round": request.round, "op": request.op, "request": job.name}
-    memory = record.memory_before(folder, request.round) if request.op == record.TRAIN else None
+    remembers = request.op in (record.TRAIN, record.EVALUATE)
+    memory = record.memory_before(folder, request.round) if remembers else None
     logged = False
     try:
         guard.work(

@@ -17,8 +17,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 SHA256 = r"[0-9a-f]{64}"
 
 METRICS = (
-    "train_loss", "loss", "accuracy", "tokens", "calls", "scored", "train", "test", "skipped", "cleaned", "copied",
-    "personal", "withheld",
+    "train_loss", "loss", "accuracy", "calibrated", "tokens", "calls", "scored", "train", "test", "skipped", "cleaned",
+    "copied", "personal", "withheld",
 )  # fmt: skip
 """Scalars that may leave a site that says nothing about them: means and counts over its text."""
 

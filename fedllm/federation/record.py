@@ -20,7 +20,7 @@ from fedllm.federation.rules import canonical
 
 KEPT = 3
 
-TRAIN = "train"
+TRAIN, EVALUATE = "train", "evaluate"
 
 
 class Done(NamedTuple):

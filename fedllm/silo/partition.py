@@ -85,6 +85,24 @@ def dirichlet(
     return _named(picked(rows, sorted(part)) for part in parts)
 
 
+def by_label(rows: Sequence[Row], silos: int, column: str, seed: int = 0) -> Silos:
+    """Deal the values of `column` out at random, so that no two silos have one in common.
+
+    It is the end of the pathological split of McMahan et al. 2017 (arXiv:1602.05629). The silos' numbers of values
+    differ by one at most, their sizes by how many rows have them.
+    """
+    require_columns(rows, [column], "The data to split")
+    kinds = sorted({str(row[column]) for row in rows})
+    if not 1 <= silos <= len(kinds):
+        raise FedllmError(
+            f"The column '{column}' has {len(kinds)} values, which cannot be dealt out to {silos} silos; give 1 to "
+            f"{len(kinds)} silos."
+        )
+    order = _random(seed, "by_label").permutation(len(kinds))
+    holder = {kinds[kind]: place % silos for place, kind in enumerate(order.tolist())}
+    return _named([row for row in rows if holder[str(row[column])] == silo] for silo in range(silos))
+
+
 def quantity(rows: Sequence[Row], silos: int, alpha: float, seed: int = 0, at_least: int = 8) -> Silos:
     """Skew the sizes only: shares ~ Dirichlet(alpha), rows at random (Li et al. 2022, arXiv:2102.02079).
 

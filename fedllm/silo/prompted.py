@@ -90,7 +90,7 @@ def measured(
     if words:
         contexts = Contexts([text_before(each) for each in asked], [each.words for each in asked])
         found = word_scores(model, contexts, pad_id=pad_id, batch_size=batch_size, tick=tick)
-        return summary(asked, [total for totals in found for total in totals], with_accuracy=True)
+        return summary(asked, [], [total for totals in found for total in totals], len(words))
     sums = label_scores(model, rows, [], pad_id=pad_id, before=None, batch_size=batch_size, tick=tick)
     scored = sum(map(scored_tokens, rows))
     return {"scored": float(scored), **({"loss": -sum(sums) / scored} if scored else {})}

@@ -112,12 +112,18 @@ def choose(scored: Sequence[Scored], by: Literal["character", "sum"] = "characte
 def choose_word(totals: Sequence[float], words: Sequence[tuple[int, ...]]) -> int:
     """Return the place of the likeliest of several words given as tokens, the first of equals.
 
+    >>> choose_word([-0.10, -0.12], [(5,), (5, 6)]), choose_word([-0.10, -3.0], [(5,), (5, 6)])
+    (1, 0)
+    """
+    return largest(word_shares(totals, words))
+
+
+def word_shares(totals: Sequence[float], words: Sequence[tuple[int, ...]]) -> list[float]:
+    """Return each word's share of the probability that the model says one of them, from their log-likelihoods.
+
     It is the plain sum: the probability that the model says just this word. A word that begins other
     words (`card`, `card payment`) would then always beat them, so it counts for what is left of
     its probability once theirs is taken away. No length normalisation, which would favour long words.
-
-    >>> choose_word([-0.10, -0.12], [(5,), (5, 6)]), choose_word([-0.10, -3.0], [(5,), (5, 6)])
-    (1, 0)
     """
     top = max(totals)
     left = [math.exp(total - top) for total in totals]
@@ -126,4 +132,28 @@ def choose_word(totals: Sequence[float], words: Sequence[tuple[int, ...]]) -> in
         if starts:
             # Only from the longest of them: the shorter ones lose that one's whole probability.
             left[max(starts, key=lambda at: len(words[at]))] -= math.exp(totals[longer] - top)
-    return max(range(len(left)), key=left.__getitem__)
+    whole = sum(max(0.0, share) for share in left)
+    return [share / whole for share in left]
+
+
+def neutral_shares(each: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean share of each word over texts that say nothing: p_cf of Zhao et al. 2021 (arXiv:2102.09690)."""
+    return [sum(shares) / len(each) for shares in zip(*each, strict=True)]
+
+
+def calibrated(shares: Sequence[float], usual: Sequence[float]) -> list[float]:
+    """Return diag(p_cf)^-1 p, their equation 1 with section 5's W: what a word gets beyond what it gets anyway.
+
+    A share without a usual one, since a row cuts its word in its own way, is taken against the mean.
+
+    >>> calibrated([0.6, 0.4], [0.9, 0.1])
+    [0.6666666666666666, 4.0]
+    """
+    least = 1e-12
+    mean = sum(usual) / len(usual)
+    return [share / max(usual[place] if place < len(usual) else mean, least) for place, share in enumerate(shares)]
+
+
+def largest(values: Sequence[float]) -> int:
+    """Return the place of the largest value, the first of equals."""
+    return max(range(len(values)), key=values.__getitem__)

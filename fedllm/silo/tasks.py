@@ -13,6 +13,9 @@ from fedllm.silo.readers import Row
 from fedllm.silo.streams import packed
 from fedllm.silo.templates import Turn, first_token, render
 
+NEUTRAL = ("N/A", "[MASK]", "")
+"""Texts that say nothing (Zhao et al. 2021, arXiv:2102.09690, section 5)."""
+
 
 class Prepared(NamedTuple):
     """A silo's examples, and how many rows gave none because nothing of them could be scored."""
@@ -25,7 +28,8 @@ class Task(NamedTuple):
     """What is learned from a row; `prepare(rows, where)` names `where` in its errors.
 
     `label` is the column that says what kind of row it is, if there is one, `words` what the model
-    may answer, and `cue` the text that stands before the answer of every row.
+    may answer, and `cue` the text that stands before the answer of every row. `neutral` are rows that say nothing,
+    each with one of the words after it: what the model answers there it leans to anyway.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Task(NamedTuple):
     cue: str = ""
     template: str = ""
     """How a row is asked, `{text}` standing for it, where all rows are asked alike."""
+    neutral: Sequence[Example] = ()
 
 
 def instruct(
@@ -151,14 +156,16 @@ def classify(
     *,
     text: str = "text",
     label: str = "label",
-    words: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | Sequence[str] | None = None,
     template: str = "{text}\nLabel:",
     max_tokens: int = 512,
 ) -> Task:
     """Classification by label words: after the template the model says the word of the label.
 
-    `words` maps a label to its word (the label itself if absent); a word may be several tokens.
+    `words` maps a label to its word, or lists the labels, whose words are they with a space for each `_`; without it
+    a label is its own word, and there is no accuracy. A word may be several tokens.
     """
+    word_of = words if words is None or isinstance(words, Mapping) else {each: each.replace("_", " ") for each in words}
     if "{text}" not in template:
         raise FedllmError("task.template has no {text}; put it where the row's text goes.")
 
@@ -173,14 +180,21 @@ def classify(
                     )
             said, kind = (text_in(row, column, f"{where}, row {number}") for column in (text, label))
             asked = first_token(tokenizer) + template.replace("{text}", said)
-            pieces = [(asked, False), (label_word(kind, words), True)]
+            pieces = [(asked, False), (label_word(kind, word_of), True)]
             example = tokenise(tokenizer, pieces, sys.maxsize)
             if example and len(example.input_ids) <= max_tokens:
                 examples.append(example)
         return Prepared(examples, len(rows) - len(examples))
 
+    def neutral_row(said: str) -> Example | None:
+        asked = first_token(tokenizer) + template.replace("{text}", said)
+        # As for a row: without any text before the word its first token could not be scored.
+        return tokenise(tokenizer, [(asked or ".", False), (f" {known[0]}", True)], sys.maxsize)
+
     cue = template.rpartition("{text}")[2]
-    return Task("classify", prepare, label, tuple(words.values()) if words else (), cue, template)
+    known = tuple(word_of.values()) if word_of else ()
+    neutral = [example for said in NEUTRAL if (example := neutral_row(said))] if known else []
+    return Task("classify", prepare, label, known, cue, template, neutral)
 
 
 def label_word(label: str, words: Mapping[str, str] | None) -> str:

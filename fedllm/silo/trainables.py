@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.seeds import derive
-from fedllm.core.types import Tensors
+from fedllm.core.types import Tensors, Work
 from fedllm.silo.sharded import spread
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -35,6 +35,7 @@ class Trainable(NamedTuple):
     `attach(model, seed)` returns the model in which exactly the trained parameters require a
     gradient. `base(model)` is a context in which the model answers as before training, for the
     parameters it had then. `merge(model)` returns the plain model with what was learned inside.
+    `stays(name)` says which of the trained parameters never leave a silo. `work` may change how a client trains.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Trainable(NamedTuple):
     base: Callable[[nn.Module], AbstractContextManager[Any]]
     merge: Callable[[nn.Module], nn.Module]
     adapter: bool
+    stays: Callable[[str], bool] = lambda name: False
+    work: Callable[[Work], Work] = lambda work: work
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -109,21 +112,6 @@ def dora(
 def ia3(target_modules: Sequence[str] | None = None, feedforward_modules: Sequence[str] | None = None) -> Trainable:
     """IA3 (Liu et al. 2022, arXiv:2205.05638): learned scales of keys, values and feed-forward activations."""
     return peft_method("IA3", target_modules=target_modules, feedforward_modules=feedforward_modules)
-
-
-def prefix(tokens: int = 16) -> Trainable:
-    """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): learned keys and values before every layer's own."""
-    return peft_method("PREFIX_TUNING", num_virtual_tokens=tokens)
-
-
-def prompt(tokens: int = 16) -> Trainable:
-    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): learned embeddings before the text's own."""
-    return peft_method("PROMPT_TUNING", num_virtual_tokens=tokens)
-
-
-def p_tuning(tokens: int = 16, hidden: int = 128) -> Trainable:
-    """P-tuning (Liu et al. 2021, arXiv:2103.10385): a prompt made by a small encoder, which is what is learned."""
-    return peft_method("P_TUNING", num_virtual_tokens=tokens, encoder_hidden_size=hidden)
 
 
 def peft_method(method: str, **config: Any) -> Trainable:

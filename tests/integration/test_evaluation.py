@@ -18,10 +18,11 @@ from fedllm.silo.evaluate import held_out
 from fedllm.silo.examples import collate
 from fedllm.silo.models import load_model, load_tokenizer
 from fedllm.silo.objective import causal_loss
+from fedllm.silo.prompts import p_tuning, prefix, prompt
 from fedllm.silo.scoring import continuation, score_continuations
 from fedllm.silo.tasks import causal, instruct
 from fedllm.silo.templates import Turn, opening
-from fedllm.silo.trainables import full, lora, p_tuning, prefix, prompt, trained
+from fedllm.silo.trainables import full, lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -22,9 +22,10 @@ from fedllm.runtime.local import local
 from fedllm.runtime.wire import message_bytes, reply_head
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.objective import causal_loss
+from fedllm.silo.prompts import prompt
 from fedllm.silo.scoring import log_likelihoods
 from fedllm.silo.tasks import classify, word_tokens
-from fedllm.silo.trainables import lora, prompt, trained
+from fedllm.silo.trainables import lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("cma")

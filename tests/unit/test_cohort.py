@@ -10,9 +10,11 @@ import torch
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.cohort import stackable, stacked
+from fedllm.silo.keeping import keeping
 from fedllm.silo.objective import causal_loss
+from fedllm.silo.prompts import p_tuning, prefix, prompt
 from fedllm.silo.tasks import instruct
-from fedllm.silo.trainables import dora, full, ia3, lora, peft_method, prefix, prompt, trained, write
+from fedllm.silo.trainables import dora, full, ia3, lora, peft_method, trained, write
 from fedllm.silo.training import local_training
 from fedllm.silo.width import cohort_width
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -86,6 +88,40 @@ def test_a_cohort_equals_its_clients_one_by_one(settings):
     members = [(Request(silo.name, 3, "train", shaken(model, place)), silo) for place, silo in enumerate(silos(model))]
     alone, together = both_ways(work, members)
     assert furthest(alone, together) < 1e-5
+
+
+PROMPTS = {
+    "prompt": prompt(3),
+    "prefix": prefix(3),
+    "p_tuning": p_tuning(3, 8, encoder="shared"),
+    "p_tuning LSTM": p_tuning(3, 8, encoder="shared", kind="LSTM"),
+    "personal": prompt(3, personal=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*dropout", "ignore:For MLP")
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("settings", [{**SGD, "steps": 2, "batch_size": 4, "max_grad_norm": 0.5}, {**SGD, "epochs": 1}])
+def test_a_cohort_of_prompts_equals_its_clients_one_by_one(name, settings):
+    model = PROMPTS[name].attach(tiny_model(len(TOKENIZER)), 0)
+    work = local_training(causal_loss(), TOKENIZER.pad_token_id, **settings)
+    members = [(Request(silo.name, 3, "train", shaken(model, place)), silo) for place, silo in enumerate(silos(model))]
+    before = dict(model.named_parameters())
+    alone, together = both_ways(work, members)
+    assert furthest(alone, together) < 1e-5
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def test_personal_prompts_of_a_cohort_are_those_of_its_clients_one_by_one():
+    model = prompt(3, personal=2).attach(tiny_model(len(TOKENIZER)), 0)
+    first = {name: value.detach().clone() for name, value in trained(model).items()}
+    work = keeping(local_training(causal_loss(), TOKENIZER.pad_token_id, steps=2, batch_size=2, **SGD), first)
+    sent = {name: value for name, value in first.items() if name.endswith("shared")}
+    members = [(Request(silo.name, 0, "train", sent), silo) for silo in silos(model)]
+    for (one, kept), (other, known) in zip([work.client(*each) for each in members], work.cohort(members), strict=True):
+        assert one.tensors.keys() == other.tensors.keys() == sent.keys() and kept.keys() == known.keys()
+        for left, right in ((one.tensors, other.tensors), (kept, known)):
+            assert all(torch.allclose(left[name], right[name], rtol=0, atol=1e-5) for name in left)
 
 
 def test_clients_with_unequal_steps_answer_in_the_order_they_were_asked():
@@ -199,9 +235,12 @@ def test_stacked_adapters_are_the_parameters_that_are_trained_each_for_its_own_r
 
 
 @pytest.mark.parametrize(
-    "trainable", [lora(2), lora(4, rslora=True), lora(2, target_modules=["down_proj", "q_proj"])], ids=lambda t: t.name
+    "trainable",
+    [lora(2), lora(4, rslora=True), lora(2, target_modules=["down_proj", "q_proj"]), *PROMPTS.values()],
+    ids=lambda t: t.name,
 )
-def test_plain_lora_can_be_stacked(trainable):
+@pytest.mark.filterwarnings("ignore:.*dropout", "ignore:For MLP")
+def test_plain_lora_and_prompts_can_be_stacked(trainable):
     assert stackable(trainable.attach(tiny_model(), 0))
 
 
@@ -212,9 +251,16 @@ def test_plain_lora_can_be_stacked(trainable):
         dora(2),
         lora(2, dropout=0.1),
         full(),
-        prompt(3),
-        prefix(3),
         ia3(),
+        peft_method("CPT", cpt_token_ids=[5, 6, 7]),
+        peft_method(
+            "P_TUNING",
+            num_virtual_tokens=3,
+            encoder_hidden_size=8,
+            encoder_reparameterization_type="LSTM",
+            encoder_dropout=0.1,
+            encoder_num_layers=2,
+        ),
         peft_method("LORA", r=2, target_modules=["q_proj", "embed_tokens"]),
         peft_method("LORA", r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
         peft_method("LORA", r=2, target_modules=["q_proj"], lora_bias=True),
@@ -222,7 +268,7 @@ def test_plain_lora_can_be_stacked(trainable):
     ],
     ids=lambda trainable: trainable.name,
 )
-def test_what_is_not_plain_lora_on_linear_layers_is_not_stacked(trainable):
+def test_what_is_neither_plain_lora_on_linear_layers_nor_a_prompt_is_not_stacked(trainable):
     assert not stackable(trainable.attach(tiny_model(), 0))
 
 

@@ -93,7 +93,9 @@ def test_other_work_in_the_same_round_with_the_same_tensors_is_not_mixed_up(desk
 
 def test_each_round_has_the_memory_of_the_trained_round_before(desk):
     assert [scalars(desk, finish(desk, number))["memory"] for number in (0, 1, 5)] == [0, 1, 2]
-    assert scalars(desk, finish(desk, 5, "evaluate"))["memory"] == 0
+    # A silo is looked at with what it keeps of its own, which no look changes.
+    assert [scalars(desk, finish(desk, number, "evaluate"))["memory"] for number in (5, 6, 7)] == [2, 3, 3]
+    assert scalars(desk, finish(desk, 6, "alone"))["memory"] == 0
 
 
 def test_a_restart_answers_from_record_and_knows_no_unfinished_work(tmp_path):

@@ -8,11 +8,13 @@ from torch.nn import functional
 
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import Request, Silo
-from fedllm.silo.evaluate import each_word, held_out
+from fedllm.silo.evaluate import Asked, each_word, held_out, summary
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.objective import causal_loss
-from fedllm.silo.tasks import causal, classify, instruct, word_tokens
-from fedllm.silo.trainables import full, lora, p_tuning, prefix, prompt, trained
+from fedllm.silo.prompts import p_tuning, prefix, prompt
+from fedllm.silo.scoring import calibrated, neutral_shares, word_shares
+from fedllm.silo.tasks import NEUTRAL, causal, classify, instruct, word_tokens
+from fedllm.silo.trainables import full, lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=True)
@@ -160,6 +162,61 @@ def test_accuracy_by_hand_with_words_of_several_tokens():
             examples = task.prepare([{"text": text, "label": label}], "rows").examples
             reply, _ = ask(client, a_silo(model, examples))
             assert reply.scalars["accuracy"] == float(label == max(chances, key=chances.__getitem__))
+
+
+def test_calibrated_accuracy_by_hand_takes_off_what_the_model_leans_to_anyway():
+    """Two rows, two words; the model leans to the first word, and what is left after that is right both times."""
+    words, logs = [(5,), (6,)], math.log
+    asked = [Asked([Example([9, word[0]], [IGNORED, word[0]]) for word in words], words, true) for true in (0, 1)]
+    sums = [logs(0.90), logs(0.05), logs(0.30), logs(0.20)]
+    nothing = [logs(0.40), logs(0.10), logs(0.60), logs(0.20)]
+    found = summary(asked, asked, [*sums, *nothing], len(words))
+    # p_cf is the mean of (0.8, 0.2) and (0.75, 0.25): 0.947 / 0.775 > 0.053 / 0.225, but 0.6 / 0.775 < 0.4 / 0.225.
+    assert found["accuracy"] == 0.5 and found["calibrated"] == 1.0
+    assert found["loss"] == pytest.approx(-(logs(0.9) + logs(0.2)) / 2) and found["scored"] == 2
+    assert neutral_shares([[0.8, 0.2], [0.75, 0.25]]) == pytest.approx([0.775, 0.225])
+    assert calibrated([0.6, 0.4], [0.775, 0.225]) == pytest.approx([0.6 / 0.775, 0.4 / 0.225])
+
+
+def test_calibration_is_on_texts_that_say_nothing_with_words_of_several_tokens():
+    task = classify(TOKENIZER, words=WORDS)
+    said = [TOKENIZER.decode([token for token in row.input_ids]) for row in task.neutral]
+    assert [text.partition("\nLabel:")[0].removeprefix("<|im_start|>") for text in said] == list(NEUTRAL)
+    assert classify(TOKENIZER).neutral == [] and classify(TOKENIZER, words=WORDS, template="{text}").neutral
+    model = tiny_model(len(TOKENIZER))
+    rows = [{"text": "a film", "label": label} for label in WORDS]
+    examples = task.prepare(rows, "rows").examples
+    client = held_out(causal_loss(), task, TOKENIZER, full())
+    scalars = ask(client, a_silo(model, examples))[0].scalars
+    words = word_tokens(TOKENIZER, task)
+
+    def shares(example):
+        asked = each_word(example, words)
+        return word_shares([-mean_loss(model, [row])[0] * mean_loss(model, [row])[1] for row in asked.rows], words)
+
+    usual = neutral_shares([shares(row) for row in task.neutral])
+    right = [
+        max(range(4), key=calibrated(shares(example), usual).__getitem__) == place
+        for place, example in enumerate(examples)
+    ]
+    assert scalars["calibrated"] == pytest.approx(sum(right) / 4)
+
+
+def test_a_silos_own_is_looked_at_unless_only_the_shared_part_is_asked_for():
+    trainable = prompt(3, personal=2)
+    task = instruct(TOKENIZER)
+    model = trainable.attach(tiny_model(len(TOKENIZER)), 0)
+    first = {name: value.detach().clone() for name, value in trained(model).items()}
+    sent = {name: value for name, value in first.items() if name.endswith("shared")}
+    own = {name: value for name, value in first.items() if name not in sent}
+    memory = {f"work/personal/{name}": value + 1 for name, value in own.items()}
+    client = held_out(causal_loss(), task, TOKENIZER, trainable, first=own)
+    silo = a_silo(model, task.prepare(ROWS, "rows").examples)._replace(memory=memory)
+    mine, plain, new = (
+        ask(client, each, sent, **asked)[0].scalars["loss"]
+        for each, asked in ((silo, {}), (silo, {"shared": 1.0}), (silo._replace(memory={}), {}))
+    )
+    assert plain == new != mine
 
 
 def test_without_words_there_is_no_accuracy():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.groups import labels_of, who_holds_what
-from fedllm.silo.partition import by_column, dirichlet, iid, quantity
+from fedllm.silo.partition import by_column, by_label, dirichlet, iid, quantity
 from fedllm.silo.sources import read_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -174,3 +174,14 @@ def test_real_labels():
     parts = dirichlet(rows, 10, 0.1, "label")
     assert sum(map(len, parts.values())) == len(rows)
     assert min(len({row["label"] for row in part}) for part in parts.values()) < 30
+
+
+def test_by_label_deals_labels_out_and_every_row_once():
+    rows = [{"text": str(i), "label": f"k{i % 7}"} for i in range(50)]
+    parts = by_label(rows, 3, "label", seed=1)
+    held = [{row["label"] for row in part} for part in parts.values()]
+    assert sorted(map(len, held)) == [2, 2, 3] and len(set.union(*held)) == 7
+    assert sorted(int(row["text"]) for part in parts.values() for row in part) == list(range(50))
+    assert parts == by_label(rows, 3, "label", seed=1) != by_label(rows, 3, "label", seed=2)
+    with pytest.raises(FedllmError, match="has 7 values, which cannot be dealt out to 8 silos"):
+        by_label(rows, 8, "label")

@@ -11,6 +11,7 @@ from torch.nn import functional
 from fedllm.core.errors import FedllmError
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.objective import causal_loss
+from fedllm.silo.prompts import prefix, prompt
 from fedllm.silo.scoring import (
     Scored,
     choose,
@@ -19,7 +20,7 @@ from fedllm.silo.scoring import (
     log_likelihoods,
     score_continuations,
 )
-from fedllm.silo.trainables import lora, prefix, prompt, trained
+from fedllm.silo.trainables import lora, trained
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

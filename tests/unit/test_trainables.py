@@ -15,6 +15,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.examples import Example
 from fedllm.silo.objective import causal_loss
+from fedllm.silo.prompts import p_tuning, prefix, prompt
 from fedllm.silo.trainables import (
     NOT_AVERAGED,
     Trainable,
@@ -23,10 +24,7 @@ from fedllm.silo.trainables import (
     full,
     ia3,
     lora,
-    p_tuning,
     peft_method,
-    prefix,
-    prompt,
     trained,
     write,
 )

@@ -7,9 +7,10 @@ import torch
 
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.objective import causal_loss
+from fedllm.silo.prompts import p_tuning, prefix, prompt
 from fedllm.silo.reading import read, read_vectors
 from fedllm.silo.scoring import log_likelihoods
-from fedllm.silo.trainables import lora, p_tuning, prefix, prompt, trained
+from fedllm.silo.trainables import lora, trained
 from fedllm.silo.words import Contexts, word_scores
 from tests.tiny import tiny_model
 

@@ -36,6 +36,8 @@ class Comparison(NamedTuple):
     federated: Losses
     pooled: Losses
     everywhere: dict[str, Losses]
+    shared: Losses = {}  # noqa: RUF012
+    """The federated model without what silos keep to themselves, where they keep anything."""
 
     def silos(self) -> list[str]:
         """Return every silo that has a loss, in the order in which they first appear."""
@@ -91,6 +93,7 @@ def compare(run: Run, what: str = "loss") -> Comparison:
         federated=losses(final.get("federated")) or (latest[-1] if latest else {}),
         pooled=losses(final.get("pooled")) or losses(run.pooled.get(what)),
         everywhere=table or everywhere,
+        shared=losses(final.get("shared part only")),
     )
 
 

@@ -10,7 +10,7 @@ from fedllm.app.report.cleaning import cleaned_away
 from fedllm.app.report.data import Comparison, Run, is_number, losses, mean, part
 from fedllm.app.report.words import duration, everyone_means, number, perplexity, plain, size
 
-CONDITIONS = ("base", "alone", "federated", "pooled")
+CONDITIONS = ("base", "alone", "federated", "shared", "pooled")
 ALL = 40
 """Up to so many silos have a row each in a table; of more, the `ENDS` worst and best are shown."""
 ENDS = 20
