@@ -176,7 +176,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     own = {name: value for name, value in every.items() if trainable.stays(name)}
     if own and not params:
         raise FedllmError("All that is trained stays at the silos; let trainable.tokens be 1 or more beside personal.")
-    if not elsewhere and virtual_tokens(model):
+    if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
     if private_method(recipe):

@@ -46,8 +46,8 @@ def outer_defaults(rounds: int | None) -> tuple[float, float]:
     """Return the outer learning rate and momentum for a run of so many rounds: from plain averaging to DiLoCo's values.
 
     In runs from nothing of 27 and 54 rounds (30 AdamW steps a round, one silo and eight;
-    `benchmarks/pretrain_sweep.py`) every momentum that was tried ended above plain averaging, 0.9 furthest: a momentum has to be settled long before
-    the run ends. So it is 0 up to 50 rounds, remembers a fiftieth of a longer run, and is DiLoCo's 0.9 from 500 on, the
+    `benchmarks/pretrain_sweep.py`) every momentum that was tried ended above plain averaging, 0.9 furthest: it has
+    to be settled long before the run ends. So it is 0 up to 50 rounds, remembers a fiftieth of a longer run, and is DiLoCo's 0.9 from 500 on, the
     length of runs in which that was found best; the rate falls from 1 to 0.7 with it. Between 54 rounds and those it is
     not measured here.
 
