@@ -179,6 +179,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
+    if recipe.duplicates and privacy.is_private(recipe):
+        raise FedllmError(
+            "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, or "
+            "drop duplicates inside each silo by [[cleaning]]."
+        )
     if private_method(recipe):
         raise FedllmError(
             f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "

@@ -137,6 +137,7 @@ REFUSED = [
     ({"transforms": [{"name": "quantise"}, central(noise=1.0)]}, r"undoes the clip at the server; put it first"),
     ({"transforms": [central(noise=1.0), central(noise=1.0)]}, r"a second time; keep one"),
     ({"client": {"name": "dp_sgd", "clip": 1.0}}, r"client\.noise is missing; set it"),
+    ({"transforms": [central(noise=1.0)], "duplicates": {}}, r"hashes of texts leave without noise"),
     (banded(select={"name": "poisson", "rate": 0.5}), r"'banded_dp' is for silos that take turns"),
     (banded(select={"name": "cyclic", "every": 2}, share={"name": "fragments", "count": 2}), r"needs all parameters"),
 ]
