@@ -132,6 +132,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     quiet_libraries()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    if recipe.duplicates and privacy.is_private(recipe):
+        raise FedllmError(
+            "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, "
+            "or drop duplicates inside each silo by [[cleaning]]."
+        )
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     endpoint = endpoint_of(recipe)
@@ -179,11 +184,6 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
-    if recipe.duplicates and privacy.is_private(recipe):
-        raise FedllmError(
-            "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, or "
-            "drop duplicates inside each silo by [[cleaning]]."
-        )
     if private_method(recipe):
         raise FedllmError(
             f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "
