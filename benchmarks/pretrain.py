@@ -74,7 +74,8 @@ def main() -> None:
     if given.out:
         print(json.dumps(result))
     else:
-        PICTURE.write_text(plot(found))
+        if found:
+            PICTURE.write_text(plot(found))
         keep("pretrain", result)
 
 

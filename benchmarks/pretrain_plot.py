@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from math import ceil, floor
+from math import floor
 from typing import Any
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 176, 40, 48
+
+STEP = 0.2
+"""Nats between two lines of the grid."""
 
 LINES = {
     "data_parallel": ("data-parallel", "#222222", ""),
@@ -27,7 +30,7 @@ def plot(found: Mapping[str, Mapping[str, Any]]) -> str:
     curves = {name: found[name]["curve"] for name in LINES if name in found}
     last = max(tokens for curve in curves.values() for tokens, _ in curve)
     shown = [loss for curve in curves.values() for tokens, loss in curve if tokens > last / 8]
-    low, high = floor(min(shown) * 10) / 10, ceil(max(shown) * 10) / 10
+    low, high = floor(min(shown) / STEP) * STEP, (floor(max(shown) / STEP) + 1) * STEP
 
     def place(tokens: float, loss: float) -> tuple[float, float]:
         across = LEFT + tokens / last * (WIDTH - LEFT - RIGHT)
@@ -52,24 +55,23 @@ def plot(found: Mapping[str, Mapping[str, Any]]) -> str:
 def frame(low: float, high: float, last: float, place: Any) -> list[str]:
     """Return the axes and the title."""
     parts = [f'<text x="{LEFT}" y="22" font-size="13">Held-out loss (nats a token) over tokens read</text>']
-    step = 0.1 if high - low <= 1 else 0.2
-    for number in range(round((high - low) / step) + 1):
-        left, y = place(0, low + number * step)
+    for number in range(round((high - low) / STEP) + 1):
+        left, y = place(0, low + number * STEP)
         parts.append(f'<line x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{low + number * step:.1f}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{low + number * STEP:.1f}</text>')
     for quarter in range(5):
         x, y = place(last * quarter / 4, low)
-        parts.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{last * quarter / 4e6:.1f} M</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{last * quarter / 4e6:.1f} M</text>')
     return parts
 
 
 def spread(heights: Sequence[float], least: float = 14) -> list[float]:
-    """Return heights in the same order, moved down where labels would stand on each other.
+    """Return heights in the same order, moved up where labels would stand on each other.
 
-    >>> spread([10, 12, 50])
-    [10, 24, 50]
+    >>> spread([10, 48, 50])
+    [10, 36, 50]
     """
-    moved, above = list(heights), -float("inf")
-    for place in sorted(range(len(moved)), key=moved.__getitem__):
-        moved[place] = above = max(moved[place], above + least)
+    moved, below = list(heights), float("inf")
+    for place in sorted(range(len(moved)), key=moved.__getitem__, reverse=True):
+        moved[place] = below = min(moved[place], below - least)
     return moved

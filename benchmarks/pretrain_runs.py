@@ -22,8 +22,6 @@ from fedllm.silo.sources import Row, hold_out
 from fedllm.silo.speeches import speech_rows
 
 ERAS = 8
-HELD_OUT = 24_000
-"""Characters of each era's held-out text."""
 
 
 class Setting(NamedTuple):
@@ -38,6 +36,8 @@ class Setting(NamedTuple):
     layers: int = 4
     vocab: int = 1024
     seed: int = 0
+    held_out: int = 24_000
+    """Characters of each era's held-out text."""
     addresses: int = 0
     """Addresses that a silo learns from at most, for a trial; 0: all."""
 
@@ -58,7 +58,7 @@ class Kind(NamedTuple):
     """Tables of the recipe."""
 
 
-def texts_of_eras() -> dict[str, tuple[list[Row], list[Row]]]:
+def texts_of_eras(held_out: int) -> dict[str, tuple[list[Row], list[Row]]]:
     """Return each era's text to learn from and held-out text, the latter as much in each."""
     eras: dict[str, list[Row]] = {}
     for row in speech_rows(ERAS):
@@ -66,26 +66,26 @@ def texts_of_eras() -> dict[str, tuple[list[Row], list[Row]]]:
     found = {}
     for name, rows in eras.items():
         train, test = hold_out(rows, 0.1)
-        cut = HELD_OUT // len(test)
+        cut = held_out // len(test)
         found[name] = (train, [{"text": str(row["text"])[:cut]} for row in test])
     return found
 
 
-def silos_of(count: int, folder: Path) -> dict[str, dict[str, str]]:
+def silos_of(count: int, setting: Setting, folder: Path) -> dict[str, dict[str, str]]:
     """Return the files of `count` silos, each with the text of neighbouring eras, and write them once."""
     told = folder / f"{count}.json"
     folder.mkdir(parents=True, exist_ok=True)
     # Another run may be about to write the same.
     with FileLock(folder / "lock"):
         if not told.exists():
-            write_text(told, json.dumps(written(count, folder)))
+            write_text(told, json.dumps(written(count, setting, folder)))
     found: dict[str, dict[str, str]] = json.loads(told.read_text())
     return found
 
 
-def written(count: int, folder: Path) -> dict[str, dict[str, str]]:
+def written(count: int, setting: Setting, folder: Path) -> dict[str, dict[str, str]]:
     """Write the text of so many silos and return their files."""
-    eras, each, silos = texts_of_eras(), ERAS // count, dict[str, dict[str, str]]()
+    eras, each, silos = texts_of_eras(setting.held_out), ERAS // count, dict[str, dict[str, str]]()
     for first in range(0, ERAS, each):
         group = list(eras)[first : first + each]
         name = f"{group[0].partition('_')[0]}_{group[-1].rpartition('_')[2]}"
@@ -120,7 +120,7 @@ def recipe_of(kind: Kind, setting: Setting, model: str, data: Path) -> dict[str,
         "threads": 1,
         "device": "cpu",
         "dtype": "bfloat16",
-        "silos": silos_of(kind.silos, data),
+        "silos": silos_of(kind.silos, setting, data),
         "data": {"limit_train": setting.addresses, "limit_test": 0},
         "task": {"name": "causal", "block": setting.block},
         "trainable": {"name": "full"},

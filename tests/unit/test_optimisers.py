@@ -187,11 +187,11 @@ def test_a_step_changes_none_of_its_inputs(optimiser):
 
 def test_nesterovs_defaults_follow_from_the_runs_length():
     # DiLoCo's values where nothing is known of the run, or it is long.
-    assert nesterov().name == nesterov(0.7, 0.9).name == nesterov(rounds=500).name
-    # 1 - 50 / 100 = 0.5, and 1 - 0.5 / 3; what the recipe says is left as it is.
-    assert nesterov(rounds=100).name == "Nesterov(lr 0.833333, momentum 0.5)"
-    assert nesterov(1.0, 0.9, rounds=100).name == "Nesterov(lr 1, momentum 0.9)"
-    assert outer_defaults(50) == outer_defaults(1) == (1.0, 0.0)
+    assert nesterov().name == nesterov(0.7, 0.9).name == nesterov(rounds=3000).name
+    # 1 - 300 / 600 = 0.5, and 1 - 0.5 / 3; what the recipe says is left as it is.
+    assert nesterov(rounds=600).name == "Nesterov(lr 0.833333, momentum 0.5)"
+    assert nesterov(1.0, 0.9, rounds=600).name == "Nesterov(lr 1, momentum 0.9)"
+    assert outer_defaults(300) == outer_defaults(1) == (1.0, 0.0)
 
 
 def test_a_short_runs_default_is_plain_averaging():
