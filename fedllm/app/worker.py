@@ -60,6 +60,7 @@ def main() -> None:
 
 def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     """Do one request: read its files, work, write the reply and the memory."""
+    from fedllm.federation.disk import on_disk
     from fedllm.runtime.spool import load_message, save_message
     from fedllm.runtime.store import replacing
     from fedllm.runtime.wire import reply_head
@@ -86,11 +87,12 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
         drop(held, kept["drop"])
         with replacing(folder / DROPPED) as beside:
             save_message(beside, {"drop": kept["drop"]}, {})
+    # Whole or not, they are nothing yet: the desk records them, or takes them away.
     if kept and request.op == "train":
-        with replacing(Path(asked["reply"] + ".memory")) as beside:
-            save_message(beside, kept, {})
-    with replacing(Path(asked["reply"])) as beside:
-        save_message(beside, reply.tensors, reply_head(reply))
+        with on_disk(Path("its memory")):
+            save_message(Path(asked["reply"] + ".memory"), kept, {})
+    with on_disk(Path("its reply")):
+        save_message(Path(asked["reply"]), reply.tensors, reply_head(reply))
     return held
 
 
