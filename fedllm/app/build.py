@@ -178,7 +178,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         raise FedllmError("All that is trained stays at the silos; let trainable.tokens be 1 or more beside personal.")
     share: Share = make("share", recipe.share, rounds=recipe.rounds)
     check_kept(recipe, share, own)
-    if not elsewhere and virtual_tokens(model):
+    if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
     if private_method(recipe):
