@@ -181,6 +181,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     own = {name: value for name, value in every.items() if trainable.stays(name)}
     if own and not params:
         raise FedllmError("All that is trained stays at the silos; let trainable.tokens be 1 or more beside personal.")
+    share: Share = make("share", recipe.share, rounds=recipe.rounds)
+    check_kept(recipe, share, own)
     if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
@@ -198,8 +200,6 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
     there = presence_of(silos.names, recipe, bool(elsewhere))
-    share: Share = make("share", recipe.share, rounds=recipe.rounds)
-    check_kept(recipe, share, own)
     first = {**params, **own} if own or share.partial else {}
     work = make_work(recipe, objective, tokenizer, secret, ranks, trainable, first)
     if privacy.trusts_nobody(recipe):

@@ -27,6 +27,8 @@ KINDS = {
     "encoder": {"trainable": {"name": "p_tuning", "tokens": 4, "hidden": 8}},
 }
 
+NOISY = {"name": "dp_sgd", "steps": 2, "batch_size": 4, "clip": 1.0, "noise": 1.0}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -144,6 +146,21 @@ def test_a_cohort_of_prompts_is_chosen_by_itself_and_gives_the_same(place, tmp_p
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
 
 
+def test_layers_are_scored_by_those_who_are_there_and_once_somebody_is(place, tmp_path):
+    late = run(recipe(place, availability={"silos": {"b": {"from": 2}}}, **KINDS["scored"]), tmp_path / "late")
+    alone = run(recipe(place, silos={"a": str(place / "a.jsonl")}, **KINDS["scored"]), tmp_path / "alone")
+    # What "b" would have said of the layers is not in the first round's choice.
+    assert numbers(late)[0]["layers"] == numbers(alone)[0]["layers"]
+    lost = run(recipe(place, availability={"drop": 0.999999}, **KINDS["scored"]), tmp_path / "lost")
+    assert json.loads((lost / "metrics.json").read_text())["dropped"] == 4
+    assert "layers/scores" not in load_checkpoint(lost).state.transforms
+
+
+def test_with_noise_on_every_record_a_personal_prompt_trains_and_stays(place, tmp_path):
+    noisy = numbers(run(recipe(place, client=NOISY, **KINDS["personal"]), tmp_path / "run"))
+    assert noisy[0]["loss"] != noisy[1]["loss"] and "without_own" in noisy[1]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("changes", "reason"),
@@ -154,6 +171,9 @@ def test_a_cohort_of_prompts_is_chosen_by_itself_and_gives_the_same(place, tmp_p
         ({**KINDS["encoder"], "runtime": "cohort"}, "a soft prompt without an encoder at the silo"),
         ({**KINDS["personal"], "share": {"name": "fragments", "count": 1}}, "trainable.personal = 0"),
         ({**KINDS["scored"], "share": {"name": "scored_layers", "layers": 9}}, "has 2 layers; lower it"),
+        ({**KINDS["scored"], "client": NOISY}, "tell scores without noise"),
+        ({**KINDS["encoder"], "processes": 2}, "an encoder of its own, which is in one process"),
+        ({**KINDS["personal"], "algorithm": {"name": "black_box"}}, "no part that stays at a silo"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence_before_anything_is_trained(changes, reason, place):

@@ -202,6 +202,30 @@ def test_calibration_is_on_texts_that_say_nothing_with_words_of_several_tokens()
     assert scalars["calibrated"] == pytest.approx(sum(right) / 4)
 
 
+@pytest.mark.parametrize("trainable", [full(), lora(4), prompt(3, personal=2), prefix(3)], ids=lambda t: t.name)
+def test_read_once_or_row_by_row_every_measure_is_the_same(trainable):
+    task = classify(TOKENIZER, words=WORDS)
+    rows = [{"text": text, "label": label} for text in ("the cat", "a mat!", "é 42 sat on it") for label in WORDS]
+    examples = task.prepare(rows, "rows").examples
+    model = trainable.attach(tiny_model(len(TOKENIZER), seed=3), 0)
+    client = held_out(causal_loss(), task, TOKENIZER, trainable, batch_size=5)
+    counts = [list[int](), list[int]()]
+    once = ask(client, a_silo(model, examples, counts[0].append))[0].scalars
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(inside)
+
+    class OnlyWhole(kind):
+        """Like many a model of one's own: it can be given rows, and nothing that was read before them."""
+
+        def forward(self, input_ids=None, attention_mask=None, **others):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **others)
+
+    inside.__class__ = OnlyWhole
+    each = ask(client, a_silo(model, examples, counts[1].append))[0].scalars
+    assert once == pytest.approx(each, rel=1e-4) and "calibrated" in once
+    assert sum(counts[0]) < sum(counts[1])
+
+
 def test_a_silos_own_is_looked_at_unless_only_the_shared_part_is_asked_for():
     trainable = prompt(3, personal=2)
     task = instruct(TOKENIZER)
