@@ -205,7 +205,8 @@ def test_at_sites_the_same_is_learned_and_what_was_found_in_texts_is_logged(plac
     (far / "run.json").write_text(json.dumps({"wanted": "run", "user": "admin@example.org"}))
     with desks(sites) as open_desks:
         lead(far, line_to(open_desks), ["a", "b"])
-    assert same(params(here["templates"]), params(far))
+    # A site may reckon with other threads.
+    assert same(params(here["templates"]), params(far), within=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "a" / "state" / "audit.jsonl").read_text().splitlines()]
     told = [line for line in lines if line["what"] == "reply" and line["op"] == "train"]
     assert [line.get("copied") for line in told] == [None, 1]
