@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedllm.app.site import known
+from fedllm.app.site_privacy import spending
 from fedllm.federation.desk import Desk
 from fedllm.federation.policy import read_site
 from fedllm.runtime.line import Line, decode, encode
@@ -32,7 +33,9 @@ def desks(files: list[Path]) -> Iterator[dict[str, Desk]]:
         for file in files:
             site = read_site(file, known())
             env = {"FEDLLM_SITE": str(file)}
-            found[site.name] = stack.enter_context(Desk(site, WORKER, known(), weights_sha256, env))
+            found[site.name] = stack.enter_context(
+                Desk(site, WORKER, known(), weights_sha256, env, spending(site, file))
+            )
         yield found
 
 
