@@ -10,7 +10,7 @@ from fedllm.algorithms.method import Ground
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.round import LARGEST_WEIGHT
 from fedllm.core.texts import as_tensors, texts_in
-from fedllm.core.types import Client, Exchange, Reply, Request, Silo, Tensors
+from fedllm.core.types import Algorithm, Client, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
 from fedllm.silo.asking import Measured
 from fedllm.silo.endpoint import Unanswered
 from fedllm.silo.questions import Asking
@@ -69,6 +69,29 @@ def sitting_out(client: Client) -> Client:
             return Reply(request.client, request.round, why, 1.0), silo.memory
 
     return asked
+
+
+def prompting(
+    ground: Ground,
+    client: Client,
+    server: Callable[[Select, State, Exchange], tuple[State, Report]],
+    steps: Sequence[Step],
+    sent_up: Tensors,
+) -> Callable[[Select], Algorithm]:
+    """Return what makes the algorithm of a method that sends prompts, once it is known who is asked.
+
+    Its client's texts are looked through before they leave, and it sits a round out when its model does not answer;
+    `sent_up` is what its largest reply looks like.
+    """
+    guarded = ground.guard(sitting_out(client))
+    return lambda select: Algorithm(
+        lambda params: State(0, dict(params), {}, {}),
+        guarded,
+        lambda state, exchange: server(select, state, exchange),
+        None,
+        steps,
+        lambda like: sent_up,
+    )
 
 
 def evaluating(measured: Callable[[Request, Silo], Measured]) -> Client:

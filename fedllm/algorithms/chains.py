@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from fedllm.algorithms.asking import asked_of, evaluating, gathered, require_counts, sitting_out
+from fedllm.algorithms.asking import asked_of, evaluating, gathered, prompting, require_counts
 from fedllm.algorithms.method import Ground, Method, require_no_transforms
 from fedllm.algorithms.prompt_files import write_prompt
 from fedllm.algorithms.self_consistency import STEPS, Thought, agreed, think
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.seeds import derive, generator
 from fedllm.core.texts import as_tensors, texts_in
-from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
+from fedllm.core.types import Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
 from fedllm.silo.answers import final
 from fedllm.silo.asking import Measured, drawn, measure
 
@@ -121,14 +121,7 @@ def fed_dp_cot(
     return Method(
         "fed_dp_cot",
         pool_tensors([]),
-        lambda select: Algorithm(
-            lambda params: State(0, dict(params), {}, {}),
-            ground.guard(sitting_out(client)),
-            lambda state, exchange: server(select, state, exchange),
-            None,
-            steps,
-            lambda _: like,
-        ),
+        prompting(ground, client, server, steps, like),
         evaluating(evaluated),
         export,
         weights=False,

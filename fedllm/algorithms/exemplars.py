@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.asking import asked_of, evaluating, gathered, mean_of, require_counts, sitting_out
+from fedllm.algorithms.asking import asked_of, evaluating, gathered, mean_of, prompting, require_counts
 from fedllm.algorithms.method import Ground, Method, require_no_transforms
 from fedllm.algorithms.prompt_files import write_prompt
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.seeds import derive, generator
 from fedllm.core.texts import as_tensors, texts_in
-from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
+from fedllm.core.types import Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
 from fedllm.silo.asking import Measured, Prompt, drawn, filled, measure
 from fedllm.silo.questions import Asking
 from fedllm.silo.speaker import Speaker, Writing
@@ -112,20 +112,11 @@ def exemplars(
             folder, with_shots(asking, shots_in(learned))("{text}"), asking.words, examples=len(shots_in(learned))
         )
 
-    def algorithm(select: Select) -> Algorithm:
-        return Algorithm(
-            lambda params: State(0, dict(params), {}, {}),
-            ground.guard(sitting_out(client)),
-            lambda state, exchange: server(select, state, exchange),
-            None,
-            [
-                Step("server", "offer examples of the pool"),
-                Step("silo", "score them on own questions"),
-                Step("server", "keep what scores best"),
-            ],
-            lambda like: sent_up,
-        )
-
+    steps = [
+        Step("server", "offer examples of the pool"),
+        Step("silo", "score them on own questions"),
+        Step("server", "keep what scores best"),
+    ]
     sent_up: Tensors = {"scores": torch.empty(candidates + 1, device="meta")}
     if pool == SYNTHETIC:
         # A character has four bytes at most.
@@ -133,6 +124,7 @@ def exemplars(
     start = {"chosen": torch.full((shots,), -1), **shot_tensors(kept)}
     source = "written by the silos' models in the first round" if not kept else f"{len(kept)} examples of {pool}"
     notes = [("pool", source), ("sends up", f"{candidates + 1} scores; {questions} own questions behind each")]
+    algorithm = prompting(ground, client, server, steps, sent_up)
     return Method("exemplars", start, algorithm, evaluating(evaluated), export, shown=shown, weights=False, notes=notes)
 
 

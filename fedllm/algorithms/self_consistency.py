@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedllm.algorithms.asking import asked_of, evaluating, gathered, require_counts, sitting_out
+from fedllm.algorithms.asking import asked_of, evaluating, gathered, prompting, require_counts
 from fedllm.algorithms.method import Ground, Method, require_no_transforms
 from fedllm.algorithms.prompt_files import write_prompt
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.seeds import derive, generator
 from fedllm.core.texts import as_tensors, texts_in
-from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
+from fedllm.core.types import Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
 from fedllm.exchange.votes import epsilon_of_votes, require_epsilon, winner
 from fedllm.silo.answers import final
 from fedllm.silo.asking import Measured
@@ -142,14 +142,7 @@ def fed_sp_sc(
     return Method(
         "fed_sp_sc",
         agreed_tensors(Agreed([], [], [])),
-        lambda select: Algorithm(
-            lambda params: State(0, dict(params), {}, {}),
-            ground.guard(sitting_out(client)),
-            lambda state, exchange: server(select, state, exchange),
-            None,
-            steps,
-            lambda _: like,
-        ),
+        prompting(ground, client, server, steps, like),
         evaluating(evaluated),
         export,
         weights=False,

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedllm.algorithms.asking import asked_of, evaluating, gathered, require_counts, sitting_out
+from fedllm.algorithms.asking import asked_of, evaluating, gathered, prompting, require_counts
 from fedllm.algorithms.exemplars import read_scores
 from fedllm.algorithms.method import Ground, Method, require_no_transforms
 from fedllm.algorithms.prompt_files import write_prompt
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.seeds import derive, generator
 from fedllm.core.texts import as_tensors, texts_in
-from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
+from fedllm.core.types import Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
 from fedllm.exchange.votes import epsilon_of_votes, require_epsilon, winner
 from fedllm.silo.asking import Measured, drawn, filled, measure
 from fedllm.silo.speaker import Speaker, Writing
@@ -120,17 +120,10 @@ def templates(
         best = shown.templates[shown.best]
         write_prompt(folder, best, asking.words, version=shown.version, best=identity(best), library=table)
 
-    def algorithm(select: Select) -> Algorithm:
-        votes = "count votes" if epsilon is None else f"count votes by report noisy max, epsilon {epsilon:g} a round"
-        return Algorithm(
-            lambda params: State(0, dict(params), {}, {}),
-            ground.guard(sitting_out(client)),
-            lambda state, exchange: server(select, state, exchange),
-            None,
-            [Step("silo", "score the library, vote, add templates"), Step("server", votes)],
-            lambda like: {"scores": torch.empty(keep, device="meta"), **as_tensors("new", ["x" * 4 * LONGEST] * offer)},
-        )
-
+    votes = "count votes" if epsilon is None else f"count votes by report noisy max, epsilon {epsilon:g} a round"
+    steps = [Step("silo", "score the library, vote, add templates"), Step("server", votes)]
+    sent_up = {"scores": torch.empty(keep, device="meta"), **as_tensors("new", ["x" * 4 * LONGEST] * offer)}
+    algorithm = prompting(ground, client, server, steps, sent_up)
     silos = len(ground.names)
     blank = Library(1, first, [""] * len(first), [1] * len(first), unscored(len(first), silos), [0.0] * len(first), 0)
     notes = [("sends up", "a vote" + " and the scores" * (epsilon is None) + f", and {offer} templates at most")]

@@ -22,7 +22,7 @@ import torch
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Algorithm, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
-from fedllm.silo.token_client import ANSWERS, Settings
+from fedllm.silo.token_client import Settings, tell_pairs
 from fedllm.silo.token_counts import BYTES, Ints, Pairs
 from fedllm.silo.token_files import SPECIAL
 
@@ -60,7 +60,7 @@ def byte_pairs(
         return State(0, {"merges": params.get("merges", torch.zeros(0, 2, dtype=kind_of(vocab)))}, {}, {})
 
     def client(request: Request, silo: Silo) -> tuple[Reply, Tensors]:
-        return ANSWERS[request.op](request, silo, settings)
+        return tell_pairs(request, silo, settings)
 
     def server(state: State, exchange: Exchange) -> tuple[State, Report]:
         merges_M2, asked = state.params["merges"], list(select(state.round))
@@ -104,20 +104,6 @@ def learn(algorithm: Algorithm, exchange: Exchange, state: State | None = None) 
         state, report = algorithm.server(state, exchange)
         reports.append(report)
     return state, reports
-
-
-def tokens_per_byte(exchange: Exchange, silos: Sequence[str], merges_M2: torch.Tensor) -> dict[str, float]:
-    """Return each silo's tokens per byte on its own held-out text; the server learns the two sums of each.
-
-    A silo without an answer that makes sense is left out.
-    """
-    found = {}
-    for reply in exchange([Request(name, 0, "lengths", {"merges": merges_M2}) for name in silos]):
-        lengths = reply.tensors.get("lengths", torch.zeros(0))
-        tokens, size = lengths.tolist() if lengths.shape == (2,) else (0.0, 0.0)
-        if reply.client in silos and 0 < tokens <= size <= LARGEST_COUNT:
-            found[reply.client] = tokens / size
-    return {name: found[name] for name in silos if name in found}
 
 
 def read_pairs(reply: Reply, round_number: int, waiting: set[str], symbols: int, settings: Settings) -> Pairs:

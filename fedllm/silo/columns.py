@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.sources import Row, require_columns
 
 
-def renamed(rows: Sequence[Row], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
-    """Return the rows under the recipe's names; `columns` is the recipe's name -> the site's own column.
+def renaming(rows: Iterable[Row], columns: Mapping[str, str], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows under the recipe's names as they come; `columns` is the recipe's name -> the site's own column.
 
     Columns that are not mapped stay as they are; one of them that is called like a recipe's name is an error.
     """
-    return list(renaming(rows, columns, where))
-
-
-def renaming(rows: Iterable[Row], columns: Mapping[str, str], where: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows under the recipe's names as they come."""
     mapped = set(columns.values())
     clashes = [name for name in columns if name not in mapped]
     for number, row in enumerate(rows, start=1):

@@ -80,22 +80,3 @@ def words_after(merges_M2: Ints, silo: Silo, settings: Settings) -> Words:
         remembered = settings.min_documents if settings.min_documents > 1 else 0
         before = count_words(texts, settings.contribution, remembered), 0
     return merged(before[0], merges_M2, before[1])
-
-
-def tell_lengths(request: Request, silo: Silo, settings: Settings) -> tuple[Reply, Tensors]:
-    """Return the tokens and bytes of the held-out text."""
-    words = count_words(silo.data["test"])
-    size = symbols_in(words)
-    tokens = symbols_in(merged(words, merges_in(request)))
-    lengths = torch.tensor([tokens, size], dtype=torch.float64)
-    return Reply(request.client, request.round, {"lengths": lengths}, 1.0), silo.memory
-
-
-ANSWERS = {"pairs": tell_pairs, "lengths": tell_lengths}
-"""What a client does for each `op`."""
-
-
-def symbols_in(words: Words) -> float:
-    """Return the symbols of a text with these words."""
-    inside_S = words.symbols_S >= 0
-    return float(words.counts_W[np.cumsum(~inside_S)[inside_S]].sum())

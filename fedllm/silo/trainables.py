@@ -139,7 +139,7 @@ def peft_method(method: str, **config: Any) -> Trainable:
         settings = with_targets(config, model) if aimed else config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
-            # For a model that a method does not fit peft raises whatever it happens to run into.
+            # For a model that a method does not fit peft raises whatever it happens to run into; it is told on.
             try:
                 return get_peft_model(model, kinds[method](**settings))
             except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
@@ -170,7 +170,7 @@ def linear_suffixes(model: nn.Module) -> set[str]:
 
 def misfit(method: str, model: nn.Module, error: Exception) -> str:
     """Say in one sentence that a method does not fit a model."""
-    first = str(error).split(". ")[0].split("\n")[0].strip(". ")
+    first = first_sentence(error)
     if isinstance(error, ImportError):
         return f"peft's {method} needs a package that is not installed ({first}); install it or use 'lora'."
     return (
@@ -187,8 +187,13 @@ def merge(method: str, model: Any) -> nn.Module:
     try:
         return model.merge_and_unload()
     except (NotImplementedError, ValueError) as error:
-        reason = str(error).split(". ")[0].split("\n")[0].strip(". ")
-        raise FedllmError(f"A {method} adapter cannot be merged into the weights ({reason}); {remedy}.") from error
+        why = first_sentence(error)
+        raise FedllmError(f"A {method} adapter cannot be merged into the weights ({why}); {remedy}.") from error
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of what a library says."""
+    return str(error).split(". ")[0].split("\n")[0].strip(". ")
 
 
 def export(model: Any, folder: Path) -> None:

@@ -105,17 +105,6 @@ def add_tails(
             scores[number] += sum(float(log_probs_TV[at, token]) for at, token in enumerate(word[1:]))
 
 
-def shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens the rows begin with alike, of which each keeps at least one for itself.
-
-    >>> shared_length([(1, 2, 3), (1, 2, 4)]), shared_length([(1, 2), (1, 2)])
-    (2, 1)
-    """
-    first, last = min(map(tuple, rows)), max(map(tuple, rows))
-    alike = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(alike, min(map(len, rows)) - 1)
-
-
 def label_scores(
     model: nn.Module,
     examples: Sequence[Example],

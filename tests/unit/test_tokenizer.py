@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoTokenizer
 
-from fedllm.algorithms.tokenizer import byte_pairs, learn, spellings, tokens_per_byte
+from fedllm.algorithms.tokenizer import byte_pairs, learn, spellings
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Reply, Silo
 from fedllm.runtime.local import local
@@ -255,17 +255,6 @@ def test_the_folder_is_one_that_transformers_loads(tmp_path):
     assert loaded.decode(loaded(text)["input_ids"]) == text
     assert loaded("the cat")["input_ids"] == make_tokenizer(merges)("the cat")["input_ids"]
     assert loaded(text)["input_ids"][-1] == loaded.eos_token_id
-
-
-def test_each_silo_says_how_long_its_held_out_text_is():
-    silos = {"a": WORDS, "b": ["Ωψ"]}
-    algorithm = byte_pairs(lambda round_number: list(silos), vocab=300, **LAX)
-    exchange = exchange_over(silos, algorithm)
-    merges = learn(algorithm, exchange)[0].params["merges"]
-    tokens = make_tokenizer(merges.tolist())(WORDS)["input_ids"]
-    rates = tokens_per_byte(exchange, list(silos), merges)
-    assert rates["a"] == sum(map(len, tokens)) / sum(len(text.encode()) for text in WORDS)
-    assert tokens_per_byte(lambda requests: iter([Reply("a", 0, {}, 1.0)]), ["a"], merges) == {}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the speeches are not on this machine")
