@@ -60,6 +60,7 @@ def main() -> None:
         if any(trial._asdict() == {key: each[key] for key in Trial._fields} for each in told["trials"]):
             continue
         told["trials"].append({**trial._asdict(), **tried(trial, given.out), "machine": machine()})
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
         write_text(KEPT, json.dumps(told, indent=1) + "\n")
         print(json.dumps(told["trials"][-1]), flush=True)
     print(json.dumps(told))

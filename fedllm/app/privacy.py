@@ -263,8 +263,11 @@ def worst(each: Sequence[Sequence[Mechanism]], delta: float) -> Epsilons:
 
 
 def said(found: Sequence[Use]) -> list[str]:
-    """Say what a round does, one line for all silos that do alike."""
-    return list(dict.fromkeys(f"{use.what}: {noise_text(use.mechanism)}, added by the {use.by}" for use in found))
+    """Say what a round does and to whom, one line for all silos that do alike."""
+    whose: dict[str, list[str]] = {}
+    for use in found:
+        whose.setdefault(f"{use.what}{{}}: {noise_text(use.mechanism)}, added by the {use.by}", []).append(use.silo)
+    return [text.format(f" at {', '.join(silos)}" if all(silos) else "") for text, silos in whose.items()]
 
 
 def noise_text(mechanism: Mechanism) -> str:
