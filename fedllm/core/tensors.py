@@ -10,15 +10,15 @@ from torch import Tensor
 from fedllm.core.errors import Refused
 from fedllm.core.types import Tensors
 
-CHUNK = 1 << 17
-"""Values worked on at a time, so that temporaries stay in the cache."""
+CHUNK = 1 << 18
+"""Values worked on at a time: temporaries stay in the cache, and threads meet seldom."""
 
 
 def pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the tensors' values in order, flat, about `CHUNK` at a time: small ones together, large ones cut.
 
     >>> [piece.numel() for piece in pieces([torch.zeros(3, 2), torch.zeros(5), torch.zeros(CHUNK + 1)])]
-    [11, 131072, 1]
+    [11, 262144, 1]
     """
     small, count = list[Tensor](), 0
     for tensor in tensors:
