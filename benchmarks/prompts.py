@@ -23,7 +23,9 @@ from benchmarks.common import RESULTS, keep, machine
 
 PARTS = {
     "soft": ("benchmarks.prompts_soft", "soft"),
-    "black_box": ("benchmarks.prompts_blackbox", "black_box"),
+    "black_box_text": ("benchmarks.prompts_blackbox", "black_box_text"),
+    "black_box_soft": ("benchmarks.prompts_blackbox", "black_box_soft"),
+    "speed": ("benchmarks.prompts_blackbox", "scoring_speed"),
     "endpoint": ("benchmarks.prompts_endpoint", "endpoint_error"),
 }
 """The function that measures each part; it takes `data` (the folder) and `folder` (its own) where it needs them."""

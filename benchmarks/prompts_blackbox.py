@@ -1,14 +1,8 @@
-"""Prompts found by inference alone, on real sentiment: what federation buys, what is sent, how fast scoring is.
-
-`python -m benchmarks.prompts_blackbox FOLDER` with `train.jsonl.gz` of `text` and `label` in FOLDER.
-"""
+"""Prompts found by inference alone, on real sentiment: what federation buys, what is sent, how fast scoring is."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +10,10 @@ from typing import Any
 
 import torch
 
-import fedllm
-from benchmarks.common import keep, llama
+from benchmarks.common import llama
 from fedllm.app.config import read_recipe
+from fedllm.app.progress import Ui
+from fedllm.app.run import resume, run
 from fedllm.core.seeds import generator
 from fedllm.runtime.store import read_events
 from fedllm.silo.candidates import Reader, scores_after
@@ -30,23 +25,39 @@ from fedllm.silo.scoring import log_likelihoods
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def black_box_soft(folder: Path, settings: tuple[str, ...] = ()) -> dict[str, float]:
+def black_box_soft(data: Path, folder: Path) -> dict[str, Any]:
     """Run the soft prompt's search and each silo's own with the same budget; accuracies are shares."""
-    return searched("black_box", folder, settings)
+    found = searched("black_box", data, folder)
+    return {
+        "black_box_soft": found["accuracy"],
+        "black_box_soft_alone": found["alone"],
+        "black_box_soft_before": found["zero_shot"],
+        "bytes_black_box": found["bytes"],
+        "seconds": found["seconds"],
+    }
 
 
-def black_box_text(folder: Path, settings: tuple[str, ...] = ()) -> dict[str, float]:
+def black_box_text(data: Path, folder: Path) -> dict[str, Any]:
     """Run the text prompt's search and each silo's own with the same budget; accuracies are shares."""
-    return searched("text_prompt", folder, settings)
+    found = searched("text_prompt", data, folder)
+    return {
+        "black_box_text": found["accuracy"],
+        "black_box_text_alone": found["alone"],
+        "black_box_text_before": found["zero_shot"],
+        "bytes_black_box_text": found["bytes"],
+        "seconds": found["seconds"],
+    }
 
 
-def searched(name: str, folder: Path, settings: tuple[str, ...]) -> dict[str, float]:
-    """Run a recipe; return accuracy before, federated and alone (each on every silo's text), and bytes."""
-    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", [f"data.root={folder}", *settings])
-    with tempfile.TemporaryDirectory() as place:
-        begun = time.perf_counter()
-        events = read_events(fedllm.run(recipe, Path(place) / "run"))
-        seconds = time.perf_counter() - begun
+def searched(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    """Run a recipe, or go on with its run; return accuracy before, federated and alone (each on every silo's text)."""
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", [f"data.root='{data / 'polarity'}'"])
+    with Ui(None) as ui:
+        if (folder / "recipe.toml").is_file():
+            resume(folder, ui)
+        else:
+            run(recipe, folder, ui=ui)
+    events = read_events(folder)
     base = next(event for event in events if event["event"] == "base")
     rounds = [event for event in events if event["event"] == "round"]
     last = next(event for event in reversed(rounds) if event.get("accuracy"))
@@ -55,9 +66,9 @@ def searched(name: str, folder: Path, settings: tuple[str, ...]) -> dict[str, fl
     return {
         "zero_shot": mean(base["accuracy"]),
         "accuracy": mean(last["accuracy"]),
-        "alone": statistics.mean(alone) if alone else float("nan"),
-        "bytes": most,
-        "seconds": seconds,
+        "alone": statistics.mean(alone) if alone else None,
+        "bytes": round(most),
+        "seconds": round(sum(event["seconds"]["train"] for event in rounds)),
     }
 
 
@@ -122,28 +133,3 @@ def scoring_speed(
         ratios.append((time.perf_counter() - between) / (between - begun))
         errors.append(float((torch.tensor(quick) - torch.tensor(slow)).abs().max()))
     return {"scoring_speedup": statistics.median(ratios), "scoring_error": max(errors)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--set", action="append", default=[], help="a recipe's setting, for both searches")
-    asked = parser.parse_args()
-    settings = tuple(asked.set)
-    soft, text = black_box_soft(asked.folder, settings), black_box_text(asked.folder, settings)
-    result: dict[str, Any] = {
-        "zero_shot": soft["zero_shot"],
-        "black_box_soft": soft["accuracy"],
-        "black_box_soft_alone": soft["alone"],
-        "black_box_text": text["accuracy"],
-        "black_box_text_alone": text["alone"],
-        "bytes_black_box": soft["bytes"],
-        "bytes_black_box_text": text["bytes"],
-        **scoring_speed(),
-    }
-    print(json.dumps({"seconds_soft": soft["seconds"], "seconds_text": text["seconds"]}))
-    keep("prompts_blackbox", result)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,7 @@
-"""The soft prompt of `recipes/prompt.toml` on polarity's test: before, federated, and each silo alone."""
+"""The soft prompt of `recipes/prompt.toml` on polarity's test: before, federated, and each silo alone.
+
+All are looked at on the same 400 rows, drawn once: a share of 0.8 is then good to 0.02 (one standard error).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe
 from fedllm.app.progress import Ui
 from fedllm.app.run import resume, run
+from fedllm.core.seeds import generator
 from fedllm.core.tensors import subtract
 from fedllm.core.types import Request, Silo, Tensors
 from fedllm.runtime.store import load_checkpoint
@@ -19,6 +25,8 @@ from fedllm.silo.examples import Example
 from fedllm.silo.sources import read_rows
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "prompt.toml"
+
+TEST_ROWS = 400
 
 
 def soft(data: Path, folder: Path) -> dict[str, Any]:
@@ -28,6 +36,8 @@ def soft(data: Path, folder: Path) -> dict[str, Any]:
     trained_params = federated(recipe, folder / "federated")
     parts = build(recipe)
     rows = read_rows(polarity / "test.jsonl.gz")
+    drawn = torch.randperm(len(rows), generator=generator(0, "test rows"))[:TEST_ROWS]
+    rows = [rows[place] for place in drawn.tolist()]
     test = parts.task.prepare(rows, "polarity's test").examples
     file = folder / "known.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
