@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from fedllm.app import privacy
 from fedllm.app.catalog import CATALOG, SEND_PROMPTS, make
 from fedllm.app.config import Recipe
 from fedllm.app.data import Silos, open_shards
+from fedllm.app.quiet import quiet_libraries
 from fedllm.app.ranks import Ranks, check_processes
 from fedllm.app.rows import NOWHERE
 from fedllm.app.voices import (
@@ -171,7 +170,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     else:
         model = trainable.attach(empty_model(recipe.model, kept_dtype(trainable, dtype)), recipe.seed)
     if not endpoint:
-        check_vocabulary(recipe, tokenizer, model)
+        check_fit(recipe, tokenizer, model)
     autocast = None if trainable.adapter or dtype == torch.float32 else dtype
     objective = causal_loss(autocast)
     every: Tensors = parameters(model)
@@ -283,14 +282,17 @@ def make_method(
     return method._replace(notes=[*method.notes, ("leaks", guard_note(recipe))]) if asked else method
 
 
-def check_vocabulary(recipe: Recipe, tokenizer: Any, model: Any) -> None:
-    """Raise unless the model has an embedding for every token that the tokenizer makes."""
+def check_fit(recipe: Recipe, tokenizer: Any, model: Any) -> None:
+    """Raise unless the model has an embedding for every token that the tokenizer makes, and sees a whole block."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise FedllmError(
             f"The tokenizer of '{recipe.model}' makes {len(tokenizer):,} tokens and its model knows {rows:,}; put the "
             "tokenizer beside the model with which it was trained."
         )
+    block, context = int(recipe.task.get("block", 0)), getattr(model.config, "max_position_embeddings", None)
+    if context is not None and block > context:
+        raise FedllmError(f"task.block is {block}, but the model sees {context} tokens at once; lower it.")
 
 
 def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[str, Presence]:
@@ -361,22 +363,3 @@ def longest_of_all(silos: Silos) -> int:
     """Return the tokens of the longest example of all silos, held-out ones too."""
     each = [part for name in silos.names for part in silos.examples(name).values()]
     return max(len(example.input_ids) for part in each for example in part)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices out of ours."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with contextlib.suppress(ImportError):
-        import huggingface_hub
-
-        huggingface_hub.logging.set_verbosity_error()

@@ -181,7 +181,8 @@ def start(recipe: Recipe, folder: Path | None) -> None:
     from fedllm.app.run import run as go
 
     rounds = f"{recipe.rounds} round{'s' * (recipe.rounds != 1)}"
-    out.print(Text.assemble((recipe.name, "bold"), f": {rounds} of {recipe.model}"), highlight=False, soft_wrap=True)
+    model = "a model from nothing" if recipe.scratch else recipe.model
+    out.print(Text.assemble((recipe.name, "bold"), f": {rounds} of {model}"), highlight=False, soft_wrap=True)
     close(go(recipe, folder, ui=Ui(out)))
 
 

@@ -22,9 +22,10 @@ def main(folder: Path, rank: int, count: int) -> None:
 
     import torch
 
-    from fedllm.app.build import attached, quiet_libraries
+    from fedllm.app.build import attached
     from fedllm.app.catalog import make
     from fedllm.app.config import read_recipe
+    from fedllm.app.quiet import quiet_libraries
     from fedllm.silo.models import load_tokenizer
     from fedllm.silo.objective import causal_loss
     from fedllm.silo.sharded import shard

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fedllm.app.build import quiet_libraries
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe, read_recipe, read_toml
+from fedllm.app.quiet import quiet_libraries
 from fedllm.core.errors import FedllmError
 from fedllm.runtime.store import load_checkpoint, read_events
 from fedllm.silo.models import SMOLLM2, load_model, load_tokenizer, pick_device, pick_dtype

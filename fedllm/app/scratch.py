@@ -11,6 +11,7 @@ from fedllm.algorithms.tokenizer import byte_pairs, learn
 from fedllm.app.config import Recipe
 from fedllm.app.data import open_shards
 from fedllm.app.progress import Ui
+from fedllm.app.quiet import quiet_libraries
 from fedllm.app.rows import Shard
 from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import derive
@@ -33,6 +34,7 @@ def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
     scratch = recipe.scratch
     assert scratch is not None
     require_fit(recipe)
+    quiet_libraries()
     told: dict[str, Any] = {}
     if scratch.tokenizer == FEDERATED:
         with ui.part("learning the tokenizer", None):

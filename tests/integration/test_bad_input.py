@@ -65,6 +65,10 @@ BAD = {
     "too few rounds to visit all": ({"share": {"name": "fragments", "count": 3}}, r"set rounds to at least that"),
     "more fragments than layers": ({"share": {"name": "fragments", "count": 3}, "rounds": 9}, r"share\.count is 3 but"),
     "a tokenizer of another model": ({"model": "few"}, r"makes 307 tokens and its model knows 280; put the tokenizer"),
+    "blocks that the model cannot see": (
+        {"task": {"name": "causal", "block": 4096}},
+        r"block is 4096, but the model sees",
+    ),
 }
 
 
