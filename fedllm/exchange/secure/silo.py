@@ -1,4 +1,4 @@
-"""The silo's half: it advertises keys, shares them out, masks its update and helps to unmask the sum, each once a round.
+"""The silo's half: it makes keys, shares them out, masks its update and helps to unmask the sum, each once a round.
 
 What it keeps secret comes from its own secret and the round, and what others entrusted to it comes back to it sealed,
 so that nothing has to be remembered but what was answered already. A silo trusts the server with nothing: it answers
