@@ -46,7 +46,8 @@ def secure_part(
         )
     settings = Settings(**recipe.secure.model_dump())
     if silos > 1:
-        circle(settings, int(recipe.select.get("size", silos)))
+        each = int(recipe.select.get("size", silos))
+        circle(settings, each, each)
     facts = work.claim(Facts())
     for transform in transforms:
         facts = transform.claim(facts)
@@ -68,10 +69,11 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
     if recipe.secure is None:
         return []
     size = int(around(recipe, silos, b"").expected) if recipe.select["name"] != "everyone" else silos
-    now = circle(Settings(**recipe.secure.model_dump()), max(size, recipe.secure.least))
+    size = max(size, recipe.secure.least)
+    now = circle(Settings(**recipe.secure.model_dump()), size, size)
     return [
         f"secure       sums of {now.silos} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
-        f"lost, hidden from the server and {recipe.secure.colluding} silos that help it ({now.threshold} shares of "
+        f"lost, hidden from the server with the help of {recipe.secure.colluding} of them ({now.threshold} shares of "
         f"{now.neighbours + 1} bring a key back)",
         "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)",
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.errors import Refused
 from fedllm.core.tensors import below, under
-from fedllm.core.texts import as_tensors, texts_in
+from fedllm.core.texts import MOST, as_tensors, texts_in
 from fedllm.core.types import Tensors
 from fedllm.exchange.secure.keys import BOX_BYTES, KEY_BYTES
 from fedllm.exchange.secure.settings import Settings
@@ -34,6 +34,8 @@ class Directory(NamedTuple):
     names: Sequence[str]
     channel: Sequence[bytes]
     mask: Sequence[bytes]
+    asked: int
+    """Silos that were asked for keys: those that sent none are lost already."""
 
     def place(self, name: str) -> int:
         """Return a silo's place, or raise `Refused`."""
@@ -45,7 +47,7 @@ class Directory(NamedTuple):
 def context_of(directory: Directory, number: int, settings: Settings) -> bytes:
     """Return the hash to which all keys of a round are bound: round, settings, silos and their public keys."""
     hashed = hashlib.sha256(b"fedllm secure context")
-    for part in (repr((number, *settings)).encode(), *[each.encode() for each in directory.names]):
+    for part in (repr((number, directory.asked, *settings)).encode(), *[each.encode() for each in directory.names]):
         hashed.update(len(part).to_bytes(8, "big") + part)
     hashed.update(b"".join([*directory.channel, *directory.mask]))
     return hashed.digest()
@@ -72,15 +74,18 @@ def empty(size: int) -> Tensor:
 def written(directory: Directory, **more: Tensor) -> dict[str, Tensor]:
     """Return a directory as tensors, with more beside it."""
     keys = as_tensor([*directory.channel, *directory.mask], KEY_BYTES)
-    return under(PART, {**as_tensors("names", directory.names), "keys": keys, **more})
+    asked = torch.tensor(directory.asked, dtype=torch.int64)
+    return under(PART, {**as_tensors("names", directory.names), "keys": keys, "asked": asked, **more})
 
 
 def read_directory(tensors: Tensors, own: str, public: tuple[bytes, bytes]) -> Directory:
     """Return the directory in a request, or raise `Refused`: in order, each silo once, this one with its own keys."""
     part = below(PART, tensors)
     names = texts_in("names", part)
-    keys = as_bytes(part.get("keys"), 2 * len(names), KEY_BYTES, "keys")
-    found = Directory(names, keys[: len(names)], keys[len(names) :])
+    keys, asked = as_bytes(part.get("keys"), 2 * len(names), KEY_BYTES, "keys"), part.get("asked")
+    if asked is None or asked.dtype != torch.int64 or asked.dim() or not len(names) <= int(asked) <= MOST:
+        raise Refused("it does not say how many silos were asked")
+    found = Directory(names, keys[: len(names)], keys[len(names) :], int(asked))
     if names != sorted(set(names)):
         raise Refused("the silos of this sum are not each named once, in order")
     if len(set(keys)) < len(keys):

@@ -134,10 +134,10 @@ def opened(asked: Sequence[str], number: int, exchange: Exchange, made: Made, lo
         except Refused as problem:
             lost[name] = str(problem)
     names = sorted(keys)
-    directory = Directory(names, [keys[name][0] for name in names], [keys[name][1] for name in names])
+    directory = Directory(names, [keys[name][0] for name in names], [keys[name][1] for name in names], len(asked))
     context = context_of(directory, number, made.settings)
     try:
-        now = circle(made.settings, len(names))
+        now = circle(made.settings, len(names), len(asked))
     except FedllmError as error:
         raise Refused(str(error).rstrip(".")) from error
     return Sum(directory, now, context, neighbours_of(len(names), now.neighbours, context))

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     neighbours: int = 0
     """Silos with which each one shares masks (0: as few as are safe)."""
     drop_outs: int | None = None
-    """Silos of a round that may be lost, in all its phases together, and the sum still be told (None: a fifth)."""
+    """Silos of a round that may be lost, in all its phases together, and the sum still be told (none said: a fifth)."""
     colluding: int = 0
     """Silos that may tell the server all that they know."""
     least: int = 3
@@ -42,6 +42,7 @@ class Circle(NamedTuple):
     threshold: int
     """Shares that bring a secret back; a silo and each of its neighbours hold one."""
     drop_outs: int
+    """Of those that may be lost, how many are still left."""
     honest: int
     """Silos at least whose part is in a sum and who do not collude."""
 
@@ -60,17 +61,19 @@ def require_settings(settings: Settings) -> None:
 
 
 @lru_cache(maxsize=256)
-def circle(settings: Settings, silos: int) -> Circle:
-    """Return what the settings come to for so many silos; every silo reckons it for itself.
+def circle(settings: Settings, silos: int, asked: int) -> Circle:
+    """Return what the settings come to for so many silos of those that were asked; every silo reckons it for itself.
 
     With h = neighbours + 1 holders of a secret, of whom c collude, and a threshold t > (h + c) / 2, a server that asks
     half of the honest ones for one kind of share and half for the other gets too few of one (Bonawitz et al. 2017,
     section 6.2, with h for n). So many shares must be left when silos drop out.
 
-    >>> circle(Settings(), 10)
+    >>> circle(Settings(), 10, 10)
     Circle(silos=10, neighbours=8, threshold=5, drop_outs=2, honest=8)
-    >>> circle(Settings(neighbours=8, drop_outs=3), 10).threshold
+    >>> circle(Settings(neighbours=8, drop_outs=3), 10, 10).threshold
     5
+    >>> circle(Settings(drop_outs=1), 3, 4).drop_outs
+    0
 
     Raises:
         FedllmError: where no sum could be told, or not with the protection that was asked for.
@@ -80,9 +83,12 @@ def circle(settings: Settings, silos: int) -> Circle:
             f"Secure aggregation has {silos} silos and secure.least is {settings.least}; a sum of fewer would tell too "
             "much of each."
         )
-    said = min(settings.neighbours, silos - 1)
-    usual = range(min(max(1, silos // 5), silos - settings.least), -1, -1)
-    for drop_outs in usual if settings.drop_outs is None else [settings.drop_outs]:
+    said, gone = min(settings.neighbours, silos - 1), asked - silos
+    allowed = max(1, asked // 5) if settings.drop_outs is None else settings.drop_outs
+    if gone > allowed:
+        raise FedllmError(f"Of {asked} silos {gone} are lost already and {allowed} may be; raise secure.drop_outs.")
+    usual = range(min(allowed - gone, silos - settings.least), -1, -1)
+    for drop_outs in usual if settings.drop_outs is None else [allowed - gone]:
         for neighbours in [said] if said else range(min(8, silos - 1), silos):
             if found := fitting(settings, silos, neighbours, drop_outs):
                 return found

@@ -137,7 +137,7 @@ def round_of(request: Request, silo: Silo, settings: Settings, secret: bytes) ->
     count, place = len(directory.names), directory.place(silo.name)
     there = set(range(count)) if request.op == SHARES else chosen_of(request.tensors, "there", count)
     try:
-        now = circle(settings, count)
+        now = circle(settings, count, directory.asked)
     except FedllmError as error:
         raise Refused(str(error)) from error
     require_enough(place, there, now)
