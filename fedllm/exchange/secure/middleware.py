@@ -17,6 +17,9 @@ from fedllm.exchange.secure.server import secure_exchange
 from fedllm.exchange.secure.settings import Circle, Settings, require_settings
 from fedllm.exchange.secure.silo import Made, secure_client, secure_cohort
 
+PHASES = (KEYS, SHARES, SUM)
+"""What its client half answers beside training, each once a round."""
+
 
 class SumNoise(NamedTuple):
     """Noise that the silos add together."""
@@ -91,7 +94,7 @@ def secure_sum(
         lambda exchange: secure_exchange(exchange, made, like),
         lambda inner: secure_client(inner, made, secret),
         claim,
-        ops=(KEYS, SHARES, SUM),
+        ops=PHASES,
         cohort=lambda inner: secure_cohort(inner, made, secret),
         wire=wire,
     )
