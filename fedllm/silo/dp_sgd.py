@@ -11,6 +11,7 @@ record each, so that the shared matmuls stay large (`silo/cohort.py`); else one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.noise import digest, key_of, require_float32, uniform, with_noise
 from fedllm.core.schedule import Schedule, Shape, require_schedule
 from fedllm.core.seeds import derive
-from fedllm.core.tensors import norm, subtract
+from fedllm.core.tensors import subtract
 from fedllm.core.types import Facts, Reply, Request, Silo, Tensors, Work
 from fedllm.silo.cohort import stackable, stacked
 from fedllm.silo.examples import Example, collate
@@ -149,7 +150,8 @@ def added_up(
 
 def short_sum(total: Tensors, largest: float) -> dict[str, Tensor]:
     """Return a sum of gradients as float32, scaled down to a norm."""
-    scale = min(1.0, largest / max(float(norm(total)), 1e-30))
+    length = math.sqrt(sum(float(value.square().sum()) for value in total.values()))
+    scale = min(1.0, largest / max(length, 1e-30))
     return {name: (value * scale).float() for name, value in total.items()}
 
 

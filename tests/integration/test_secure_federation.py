@@ -1,11 +1,10 @@
-"""Secure aggregation over the desks and workers of sites: the run of one machine, a site that is lost, one that insists."""
+"""Secure aggregation over the desks and workers of sites: a run as on one machine, a lost site, one that insists."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from fedllm.app.config import read_recipe
@@ -76,9 +75,8 @@ def test_the_sum_over_desks_is_that_of_one_machine_and_close_to_the_plain_mean(p
     assert [event["clients"] for event in rounds(far)] == [4, 4]
     for name, value in adapter(far).items():
         # Rounding by chance is each site's own, and less than a step: bits differ, values hardly.
-        assert torch.allclose(value, here[name], atol=1e-6, rtol=0) and torch.allclose(
-            value, plain[name], atol=1e-6, rtol=0
-        )
+        for other in (here, plain):
+            assert float((value - other[name]).abs().max()) < 1e-6
     event = rounds(far)[0]
     assert "train_loss" not in event and event["tokens"] == 0
 

@@ -72,6 +72,7 @@ def test_the_same_masks_are_never_on_two_updates(over):
     assert not torch.equal(difference, (whole("s01", 1)["a"] - whole("s01")["a"]).int())
 
 
+OTHERS = torch.arange(320).add(torch.arange(320) // 32).to(torch.uint8).view(10, 32)
 BAD = {
     "too few left": (TRAIN, {"there": flags(0, 1, 2)}, "3 of 5 silos are left"),
     "itself lost": (TRAIN, {"there": flags(0, 2, 3, 4)}, "said to be lost"),
@@ -81,7 +82,7 @@ BAD = {
     "no flags": (SUM, {"kept": flags(0, 1, 2, 3, 4) * 2}, "are not 5 flags"),
     "other keys": (
         SHARES,
-        {"keys": torch.arange(320).add(torch.arange(320) // 32).to(torch.uint8).view(10, 32)},
+        {"keys": OTHERS},
         "this silo's are not",
     ),
     "more silos than asked": (SHARES, {"asked": torch.tensor(4)}, "how many silos were asked"),
