@@ -37,7 +37,7 @@ class Cost(NamedTuple):
     """What one round came to."""
 
     error: float
-    """Largest difference of the secure from the plain sum."""
+    """Largest difference of the mean that the server is told from the plain one: of the sum it is as often that."""
     step: float
     cpu: float
     """Seconds of a silo, without its training: the largest of all."""
@@ -82,7 +82,7 @@ def ours(bits: int, values: int, lost: int) -> Cost:
     seconds = time.perf_counter() - begun
     assert list(reply.of) == names[lost:], reply.lost
     plain = sum((updates[name]["update"].double() for name in names[lost:]), torch.zeros(values, dtype=torch.float64))
-    error = float((reply.tensors["update"].double() * len(reply.of) - plain).abs().max())
+    error = float((reply.tensors["update"].double() - plain / len(reply.of)).abs().max())
     now = circle(settings, SILOS, SILOS)
     bare = message_bytes(updates[names[0]], reply_head(Reply(names[0], 0, {}, 1.0)))
     step = grid(bits, BOUND, now.silos).step
@@ -149,7 +149,7 @@ run_simulation(server_app=server, client_app=client, num_supernodes=SILOS,
 
 
 def flower(python: Path, values: int, rounds: int, secure: bool) -> list[float]:
-    """Return the seconds of each of Flower's rounds in simulation, from when silos are chosen to when it has the mean."""
+    """Return the seconds of each of Flower's rounds in simulation, from choosing the silos to having the mean."""
     with tempfile.TemporaryDirectory(prefix="fedllm-flower-") as place:
         told, program = Path(place) / "told.json", Path(place) / "flower_secagg.py"
         program.write_text(FLOWER)

@@ -172,7 +172,10 @@ NO = {
         },
         "has to be undone for each silo's reply",
     ),
-    "a search": ({"algorithm": "black_box", "trainable": {"name": "prompt"}}, r"take \[secure\] out"),
+    "a vote": (
+        {"algorithm": {"name": "black_box", "score": "loss"}, "trainable": {"name": "prompt"}},
+        r"take \[secure\] out",
+    ),
     "adaptive": ({"transforms": [{"name": "adaptive_dp", "noise": 1.0}]}, "name = 'clip'"),
 }
 
