@@ -59,6 +59,11 @@ def is_private(recipe: Recipe) -> bool:
     return noisy(recipe) is not None or hides_records(recipe)
 
 
+def has_secret(recipe: Recipe) -> bool:
+    """Say whether a run draws on a secret that outlives a kill: for noise, or for keys."""
+    return is_private(recipe) or recipe.secure is not None
+
+
 def hides_records(recipe: Recipe) -> bool:
     """Say whether the silos train with noise on every step."""
     return bool(recipe.client.get("name") == "dp_sgd")

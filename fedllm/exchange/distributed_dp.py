@@ -26,7 +26,7 @@ def distributed_dp(around: Around, max_norm: float, noise: float | None = None) 
         return {name: value * (cut.clients / around.expected) for name, value in mean.items()}, {}
 
     def finished(facts: Facts) -> Facts:
-        if facts.sees != "sum" or facts.noise != multiplier or not facts.even:
+        if facts.sees != "sum" or facts.noise is None or not facts.even:
             raise FedllmError(
                 "transforms: 'distributed_dp' needs the silos' noise in a secure sum in which every silo counts alike; "
                 "add [secure], and set aggregate = { name = 'mean', weights = 'uniform' }."

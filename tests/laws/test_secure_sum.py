@@ -271,6 +271,25 @@ def test_a_round_reports_who_is_in_the_sum_and_goes_on_without_one():
     assert report["dropped.s04"] == "no sum: 3 of 5 silos are left and 4 are needed"
 
 
+def test_a_batch_of_clients_masks_as_each_does_alone():
+    wire = Wire(Settings())
+    names = names_of(4)
+    wire.round(names)
+    requests = [request for request, _ in wire.seen if request.op == TRAIN]
+    replies = [reply for request, reply in wire.seen if request.op == TRAIN]
+
+    def together(members):
+        return [wire.train(*member) for member in members]
+
+    batch = wire.layer.cohort(together)
+    answers = batch([(request, silo_of(request.client, {})) for request in requests])
+    for (reply, memory), alone in zip(answers, replies, strict=True):
+        assert all(torch.equal(value, alone.tensors[name]) for name, value in reply.tensors.items())
+        assert "work/x" in memory and f"{PART}/answered.{TRAIN}" in memory
+    keys = [request._replace(op=KEYS, tensors={}) for request in requests]
+    assert all(f"{PART}/keys" in reply.tensors for reply, _ in batch([(r, silo_of(r.client, {})) for r in keys]))
+
+
 def test_no_silo_can_say_that_its_reply_is_a_sum():
     def layer(exchange):
         return lambda requests: (r._replace(of=["s00", "s00"]) for r in exchange(requests) if r.client == "s00")

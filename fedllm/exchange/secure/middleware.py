@@ -87,7 +87,8 @@ def secure_sum(
             raise FedllmError("[secure] is around the exchange twice; keep one of them.")
         if facts.norm_bound is None or facts.norm_bound > bound:
             raise FedllmError("[secure]: an update may be longer than its numbers have room for; put 'clip' last.")
-        return facts._replace(sees="sum", noise=noise.multiplier if noise else facts.noise)
+        told = noise.multiplier * noise.sensitivity / bound if noise else facts.noise
+        return facts._replace(sees="sum", noise=told)
 
     return Middleware(
         f"secure sum in {settings.bits} bits" + (" with noise of the silos together" if noise else ""),
