@@ -13,7 +13,7 @@ settings.register_profile("same", derandomize=True, deadline=None)
 
 def pytest_configure(config):
     named = config.getoption("--hypothesis-profile")
-    settings.load_profile(named or ("default" if "slow" == config.getoption("-m") else "same"))
+    settings.load_profile(named or ("default" if config.getoption("-m") == "slow" else "same"))
 
 
 @pytest.fixture(autouse=True, scope="session")

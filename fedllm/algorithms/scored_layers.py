@@ -82,6 +82,7 @@ def scored_layers(layers: int, rows: int = 8, every: int = 0) -> Share:
             cohort=cohort if together else None,
             wire=wire,
             down=dict,
+            ops=[*algorithm.ops, SCORE],
         )
 
     return Share(f"the {layers} layers that score highest", around=around, partial=True)

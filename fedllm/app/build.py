@@ -16,6 +16,7 @@ from fedllm.app.data import Silos, open_shards
 from fedllm.app.quiet import quiet_libraries
 from fedllm.app.ranks import Ranks, check_processes
 from fedllm.app.rows import NOWHERE
+from fedllm.app.secure import secure_part
 from fedllm.app.voices import (
     REMEDY,
     NoWeights,
@@ -147,7 +148,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     silos = Silos(shards, task, tested=recipe.evaluate.examples, asking=asked)
     if not elsewhere:
         silos.check()
-    recipe, secret = privacy.resolved(recipe, len(silos.names)), secret or fresh_secret()
+    recipe, secret = privacy.resolved(recipe, len(silos.names), counts(recipe, silos)), secret or fresh_secret()
     if elsewhere and recipe.evaluate.alone and privacy.is_private(recipe):
         raise FedllmError(
             "evaluate.alone lets every site tell what it reaches alone, without noise; with noise set it to false."
@@ -203,10 +204,12 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     work = make_work(recipe, objective, tokenizer, secret, ranks, trainable, first)
     if privacy.trusts_nobody(recipe):
         work = nothing_else(work)
-    # What a probe tells has no noise on it.
-    factors = not privacy.is_private(recipe) and any(
+    # What a probe tells has no noise on it, and behind a sum there is nothing to look at.
+    factors = not (privacy.is_private(recipe) or recipe.secure) and any(
         ".lora_A." in name and value.dim() == 2 for name, value in params.items()
     )
+    on_the_way = privacy.transforms(recipe, len(silos.names), secret)
+    secure = secure_part(recipe, work, share, on_the_way, params, len(silos.names), secret)
     algorithm = (
         method.algorithm(select)
         if method
@@ -216,8 +219,8 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
             aggregate=make("aggregate", recipe.aggregate),
             optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
             share=share._replace(name=stays_text(share, own)),
-            transforms=privacy.transforms(recipe, len(silos.names), secret),
-            middleware=[availability(there, derive(recipe.seed, "availability"))] if there else [],
+            transforms=on_the_way,
+            middleware=[*secure, *([availability(there, derive(recipe.seed, "availability"))] if there else [])],
             probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
         )
     )

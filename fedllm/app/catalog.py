@@ -33,6 +33,7 @@ from fedllm.exchange import (
     clip,
     dct,
     deltas,
+    distributed_dp,
     fragments,
     local_dp,
     quantise,
@@ -96,6 +97,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "adaptive_dp": adaptive_dp.adaptive_dp,
         "banded_dp": banded_dp.banded_dp,
         "local_dp": local_dp.local_dp,
+        "distributed_dp": distributed_dp.distributed_dp,
     },
     "cleaning": {
         "utf8": cleaning.utf8,

@@ -115,6 +115,18 @@ class Privacy(Closed):
     """The run ends with its last round that stays at or below it."""
 
 
+class Secure(Closed):
+    """The server sees only the sum of the silos' updates: `exchange.secure.settings.Settings`."""
+
+    neighbours: int = Field(0, ge=0)
+    drop_outs: int | None = Field(None, ge=0)
+    colluding: int = Field(0, ge=0)
+    least: int = Field(3, ge=3)
+    bits: Literal[16, 32] = 32
+    largest_weight: float = Field(10_000, ge=1, le=2**20)
+    largest_value: float | None = Field(None, gt=0)
+
+
 class Links(Closed):
     """The network that a run on one machine is reckoned over: keyword arguments of `runtime.link.link`."""
 
@@ -211,6 +223,7 @@ class Recipe(Closed):
     endpoint: EndpointTable | None = None
     leaks: Leaks = Leaks()
     privacy: Privacy = Privacy()
+    secure: Secure | None = None
     algorithm: dict[str, Any] = {"name": "averaging"}
     """Local training and an average, made of the tables below, or a method of its own."""
     task: dict[str, Any] = {"name": "instruct"}
@@ -255,6 +268,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "endpoint": EndpointTable,
     "leaks": Leaks,
     "privacy": Privacy,
+    "secure": Secure,
 }
 """The closed tables of a recipe, and the whole."""
 

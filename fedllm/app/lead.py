@@ -131,7 +131,7 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
     wire = parts.algorithm.wire(parts.params)
     update = message_bytes(wire, {"names": list(wire)}) + ANSWER_BYTES
 
-    learning = parts.method.ops if parts.method else ("train",)
+    learning = parts.method.ops if parts.method else ("train",)  # What else an average asks for has small answers.
 
     def note(name: str, sentence: str) -> None:
         why[name] = sentence

@@ -18,6 +18,7 @@ from fedllm.app.privacy import (
     transforms,
     uses,
 )
+from fedllm.app.secure import secure_lines
 from fedllm.core.plan import size
 from fedllm.core.types import Facts, on_meta
 from fedllm.exchange.availability import told
@@ -82,6 +83,7 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     for place, silo in enumerate(told(parts.there)):
         yield f"{'' if place else 'available':<13}{silo}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
+    yield from secure_lines(recipe, len(names))
     yield from privacy_lines(parts)
 
 

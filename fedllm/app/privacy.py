@@ -13,13 +13,17 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import NOTHING, Tensors, Transform
 from fedllm.exchange.accounting import Epsilons, Mechanism, epsilons, noise_for
 from fedllm.exchange.ledger import Entry, Unit
-from fedllm.exchange.server_noise import MARK, Around
-from fedllm.silo.dp_sgd import rate_of
+from fedllm.exchange.secure.middleware import SumNoise
+from fedllm.exchange.server_noise import MARK, Around, require_sense
+from fedllm.silo.dp_sgd import rate_of, slack
 
 AT_SERVER = ("central_dp", "adaptive_dp", "banded_dp")
 """Transforms that add noise at the server."""
 
 AT_SILO = ("local_dp",)
+
+TOGETHER = ("distributed_dp",)
+"""Transforms of whose noise each silo adds a part, in a secure sum."""
 
 UNITS: dict[Unit, str] = {"silo": "a silo with all that it has", "record": "one record of a silo"}
 """What is hidden, as a sentence says it."""
@@ -30,8 +34,8 @@ class Use(NamedTuple):
 
     what: str
     unit: Unit
-    by: Literal["server", "silo"]
-    """Who adds the noise: if a silo does, it need not trust the server."""
+    by: Literal["server", "silo", "silos together"]
+    """Who adds the noise: if a silo does, it need not trust the server; if all do, it trusts that the others do."""
     silo: str
     """Whose text, or empty: of all alike."""
     mechanism: Mechanism
@@ -42,7 +46,7 @@ class Use(NamedTuple):
 
 def noisy(recipe: Recipe) -> Mapping[str, Any] | None:
     """Return the transform that adds noise, if the recipe has one."""
-    found = [part for part in recipe.transforms if part.get("name") in (*AT_SERVER, *AT_SILO)]
+    found = [part for part in recipe.transforms if part.get("name") in (*AT_SERVER, *AT_SILO, *TOGETHER)]
     if len(found) > 1:
         raise FedllmError(
             f"transforms: '{found[1]['name']}' adds noise a second time; keep one transform that adds noise."
@@ -55,9 +59,50 @@ def is_private(recipe: Recipe) -> bool:
     return noisy(recipe) is not None or hides_records(recipe)
 
 
+def has_secret(recipe: Recipe) -> bool:
+    """Say whether a run draws on a secret that outlives a kill: for noise, or for keys."""
+    return is_private(recipe) or recipe.secure is not None
+
+
 def hides_records(recipe: Recipe) -> bool:
     """Say whether the silos train with noise on every step."""
     return bool(recipe.client.get("name") == "dp_sgd")
+
+
+def in_sum(recipe: Recipe) -> bool:
+    """Say whether the silos add noise together that hides records."""
+    return hides_records(recipe) and recipe.client.get("noise_in") == "sum"
+
+
+def sum_noise(recipe: Recipe) -> SumNoise | None:
+    """Return the noise that the silos add together in a secure sum, if the recipe has any.
+
+    Raises:
+        FedllmError: where it says it twice, or has no secure sum.
+    """
+    part, records = noisy(recipe), in_sum(recipe)
+    together = part is not None and part["name"] in TOGETHER
+    if not (together or records):
+        return None
+    what = "client.noise_in is 'sum'" if records else "transforms: 'distributed_dp'"
+    if recipe.secure is None:
+        raise FedllmError(
+            f"{what}: each silo adds only its part of the noise, which hides nothing unless the server sees only the "
+            "sum; add [secure], or let each silo add all of it (client.noise_in = 'silo', or 'local_dp')."
+        )
+    if part is not None and records:
+        raise FedllmError(f"{what}, and '{part['name']}' adds noise a second time; keep one of them.")
+    if part is not None:
+        require_sense("distributed_dp", part["max_norm"], part.get("noise"))
+        return SumNoise(float(part["noise"]), float(part["max_norm"]) * slack(1.0))
+    client, size = recipe.client, int(recipe.client.get("batch_size", 32))
+    if client.get("noise") is None:
+        record_noise(recipe, 1)
+        raise FedllmError(
+            "client.noise_in is 'sum', and a site does not know how many records others have; say client.noise."
+        )
+    unit = float(client.get("learning_rate", 1e-3)) * float(client["clip"]) / size
+    return SumNoise(float(client["noise"]), unit * slack(float(size)))
 
 
 def trusts_nobody(recipe: Recipe) -> bool:
@@ -127,7 +172,7 @@ def transforms(recipe: Recipe, silos: int, secret: bytes) -> list[Transform]:
     made = list[Transform]()
     for part in recipe.transforms:
         name, bound = part.get("name"), list[Any]()
-        if name in AT_SERVER:
+        if name in (*AT_SERVER, *TOGETHER):
             bound = [around(recipe, silos, secret)]
         if name in AT_SILO:
             bound = [secret]
@@ -154,8 +199,9 @@ def uses(recipe: Recipe, silos: int, examples: Mapping[str, int] = NOTHING) -> l
     if part and part["name"] in AT_SERVER:
         what = "training and clipping statistic" if part["name"] == "adaptive_dp" else "training"
         found.append(Use(what, "silo", "server", "", sampled(recipe, silos, float(part["noise"])), turns(recipe)))
-    if part and part["name"] in AT_SILO:
-        found.append(Use("training", "silo", "silo", "", Mechanism(float(part["noise"])), turns(recipe)))
+    if part and part["name"] in (*AT_SILO, *TOGETHER):
+        by: Literal["silo", "silos together"] = "silo" if part["name"] in AT_SILO else "silos together"
+        found.append(Use("training", "silo", by, "", Mechanism(float(part["noise"])), turns(recipe)))
     if hides_records(recipe):
         if not examples and recipe.client.get("rate") is not None:
             examples = {"": 1}
@@ -163,7 +209,7 @@ def uses(recipe: Recipe, silos: int, examples: Mapping[str, int] = NOTHING) -> l
             Use(
                 "training",
                 "record",
-                "silo",
+                "silos together" if in_sum(recipe) else "silo",
                 name,
                 record_steps(recipe, count, record_noise(recipe, count)),
                 turns(recipe),
@@ -178,8 +224,10 @@ def turns(recipe: Recipe) -> int:
     return int(recipe.select["every"]) if recipe.select["name"] == "cyclic" else 1
 
 
-def resolved(recipe: Recipe, silos: int) -> Recipe:
+def resolved(recipe: Recipe, silos: int, examples: Mapping[str, int] = NOTHING) -> Recipe:
     """Return the recipe with the noise that its `privacy.target_epsilon` asks for, where it says none.
+
+    Noise that the silos add together is the same for all: that of the silo which needs most.
 
     Raises:
         FedllmError: where the noise that it says does not reach the target, or a target has no noise to set.
@@ -192,6 +240,14 @@ def resolved(recipe: Recipe, silos: int) -> Recipe:
             return by_silo(uses(with_noise(recipe, multiplier), silos), "silo", recipe.rounds)[0]
 
         recipe = with_noise(recipe, noise_for(target, recipe.privacy.delta, whole))
+    if in_sum(recipe) and recipe.client.get("noise") is None and target is not None:
+        fewest = min(examples.values(), default=1)
+        if not examples and recipe.client.get("rate") is None:
+            raise FedllmError(
+                "client.noise_in is 'sum' and nobody knows yet how many records the sites have, so the noise cannot be "
+                "solved for; say client.noise, or client.rate."
+            )
+        recipe = recipe.model_copy(update={"client": {**recipe.client, "noise": record_noise(recipe, fewest)}})
     counted = bool(recipe.scratch and recipe.scratch.noise)
     if target is not None and counted and hides_records(recipe) and recipe.client.get("noise") is None:
         raise FedllmError(
@@ -223,7 +279,7 @@ def require_target(recipe: Recipe, silos: int, examples: Mapping[str, int]) -> N
 
 def with_noise(recipe: Recipe, multiplier: float) -> Recipe:
     """Return the recipe with this noise in its transform."""
-    names = (*AT_SERVER, *AT_SILO)
+    names = (*AT_SERVER, *AT_SILO, *TOGETHER)
     parts = [{**part, "noise": multiplier} if part.get("name") in names else part for part in recipe.transforms]
     return recipe.model_copy(update={"transforms": parts})
 
@@ -291,7 +347,7 @@ def entries(
     """
     found = list[Entry]()
     for use in uses(recipe, silos, examples):
-        if use.by != ("server" if mark else "silo"):
+        if (use.by == "server") != bool(mark):
             continue
         # Silos that take turns: each group has spent what was done in its own rounds, and nothing in the others'.
         turn = f"turn {1 + (number - 1) % use.every} of {use.every}" if use.every > 1 else ""
@@ -319,6 +375,8 @@ def open_ends(recipe: Recipe) -> list[str]:
         elif not hides_records(recipe):
             found.append("of a silo, the counts from which the tokenizer was learned: their noise hides a record")
     part = noisy(recipe)
-    if part and part["name"] in AT_SERVER:
+    if recipe.secure and (part is None or part["name"] not in AT_SILO):
+        found.append("to the server when each silo took part")
+    elif part and part["name"] in AT_SERVER:
         found.append("to the server each silo's update, number of examples, training loss and when it took part")
     return found

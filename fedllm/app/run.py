@@ -24,7 +24,7 @@ from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
-from fedllm.app.privacy import is_private, tokenizer_entries
+from fedllm.app.privacy import has_secret, tokenizer_entries
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import write_metrics
@@ -100,7 +100,7 @@ def resume(folder: str | Path, ui: Ui | None = None) -> Path:
         raise FedllmError(f"There is no run in '{folder}'; give the folder that `fedllm run` made.")
     with locked(folder), ui or Ui(None) as shown, resumable(folder):
         recipe = read_recipe(read_toml(folder / "recipe.toml"))
-        secret = secret_in(folder) if is_private(recipe) else None
+        secret = secret_in(folder) if has_secret(recipe) else None
         parts = built(recipe, shown, secret)
         with parts.ranks or nullcontext():
             go(folder, parts, shown)
@@ -144,7 +144,7 @@ def place(folder: Path, recipe: Recipe, from_nothing: Path, secret: bytes, spent
     beside.mkdir(exist_ok=True)
     try:
         write_text(beside / "recipe.toml", write_recipe(recipe))
-        if is_private(recipe):
+        if has_secret(recipe):
             secret_in(beside, secret)
         if spent:
             note(beside / LEDGER, spent)

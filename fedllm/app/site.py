@@ -45,6 +45,8 @@ name = "{name}"
 # epsilon = 8.0                     # what all runs together may spend of this text, over the life of `state`
 # delta = 1e-5                      # at which epsilon is reckoned
 # trust_server = false              # whether noise that only the server adds counts
+# trust_sites = false               # whether noise counts of which other sites add their parts
+# secure_aggregation = true         # only sums with other sites' updates may leave
 # metrics = ["train_loss", "loss", "tokens"]
 """
 

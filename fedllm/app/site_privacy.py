@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.app.config import Recipe, read_recipe
-from fedllm.app.privacy import AT_SERVER, AT_SILO, hides_records, noisy, record_noise, record_steps
+from fedllm.app.privacy import AT_SERVER, AT_SILO, TOGETHER, hides_records, noisy, record_noise, record_steps
 from fedllm.core.errors import FedllmError
 from fedllm.exchange.accounting import Mechanism, epsilon
 from fedllm.exchange.ledger import NAME, Entry, note, read_ledger
@@ -32,7 +32,7 @@ def spending(site: Site, site_toml: Path) -> Spending:
 
     def of_round(recipe: Recipe, run: str, number: int) -> list[Entry]:
         found, part = list[Entry](), noisy(recipe)
-        if part and part["name"] in (*AT_SERVER, *AT_SILO):
+        if part and part["name"] in (*AT_SERVER, *AT_SILO, *TOGETHER):
             if part.get("noise") is None:
                 raise FedllmError("The recipe does not say its noise; the server has to solve for it before it asks.")
             # The server says when this site is asked, so that it cannot count on chance.

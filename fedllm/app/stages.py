@@ -37,7 +37,7 @@ class Nodes(NamedTuple):
 def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
-    asked = dict.fromkeys(parts.method.ops if parts.method else ("train", "score"), train)
+    asked = dict.fromkeys(parts.method.ops if parts.method else parts.algorithm.ops, train)
     shards, skipped = parts.silos.shards, parts.silos.skipped
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in shards.items()}
     counts = {name: with_skipped(s.cleaned, skipped.get(name, 0)) for name, s in shards.items()}

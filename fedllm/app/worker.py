@@ -67,8 +67,9 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
 
     folder = Path(asked["run"])
     recipe = (folder / "recipe.json").read_text(encoding="utf-8")
-    # What other sites keep is another matter in each run.
-    said = recipe if '"duplicates"' not in recipe else f"{folder}\n{recipe}"
+    # What other sites keep is another matter in each run, and so are the keys of a secure sum.
+    own = '"duplicates"' in recipe or '"secure"' in recipe
+    said = f"{folder}\n{recipe}" if own else recipe
     if held is None or held.recipe != said:
         if held and held.parts.ranks:
             held.parts.ranks.close()
@@ -100,6 +101,7 @@ def opened(asked: Mapping[str, Any], run: Path) -> Any:
     """Build a run's parts for this site: the recipe as it came, this site's own text, model folder and threads."""
     from fedllm.app.build import build
     from fedllm.app.site import known, own_recipe
+    from fedllm.core.noise import key_of
     from fedllm.federation.policy import read_site
     from fedllm.runtime.secret import secret_in
     from fedllm.silo.models import weights_sha256
@@ -112,7 +114,11 @@ def opened(asked: Mapping[str, Any], run: Path) -> Any:
             f"({asked['model_sha256'][:12]}); get the same model on both sides."
         )
     site = read_site(Path(os.environ["FEDLLM_SITE"]), known())
-    parts = build(recipe, secret=secret_in(Path(site.state)))
+    secret = secret_in(Path(site.state))
+    if recipe.secure:
+        # Masks that come again in another run would take each other off.
+        secret = key_of(secret, "run", secret_in(run))
+    parts = build(recipe, secret=secret)
     if parts.endpoint:
         parts.endpoint.check()
         parts.endpoint.purse.keep(run / "spent.json")
@@ -130,7 +136,7 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
         return Reply(name, request.round, {}, 1.0, counts), {}
     if request.op in ("fingerprints", "drop"):
         return compared(held, request)
-    if request.op in (parts.method.ops if parts.method else ("train", "score")):
+    if request.op in (parts.method.ops if parts.method else parts.algorithm.ops):
         return parts.algorithm.client(request, silo)
     if request.op == "evaluate":
         return parts.evaluator(request, silo)

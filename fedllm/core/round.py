@@ -6,7 +6,7 @@ select - share -> [ exchange: client work - encode... ] - ...decode - aggregate 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -17,10 +17,12 @@ from fedllm.core.tensors import below, require_like, under
 from fedllm.core.types import (
     Aggregator,
     Algorithm,
+    Claim,
     Client,
     Cohort,
     Cut,
     Exchange,
+    Facts,
     Middleware,
     Probe,
     Reply,
@@ -35,6 +37,7 @@ from fedllm.core.types import (
     Tensors,
     Transform,
     Work,
+    as_it_is,
     on_meta,
 )
 
@@ -89,14 +92,18 @@ def averaging(
 
         total, looks = aggregate.zero(like), [probe.zero(like) for probe in probes]
         waiting, weight, report, heard = set(asked), 0.0, dict[str, float | str](), False
+        unsummed: Mapping[str, str] = {}
         for reply in exchange(requests) if requests else ():
             heard = True
+            members, unsummed = set(reply.of) or {reply.client}, {**unsummed, **reply.lost}
+            if reply.lost and not reply.of:
+                continue
             try:
                 update = accept(reply, state.round, waiting, now, stages)
             except Refused as problem:
-                report[f"dropped.{reply.client}"] = str(problem)
+                report |= {f"dropped.{name}": str(problem) for name in members}
                 continue
-            waiting.discard(reply.client)
+            waiting -= members
             total = aggregate.add(total, update, reply.weight)
             looks = [probe.add(look, update, reply.weight) for probe, look in zip(probes, looks, strict=True)]
             weight += reply.weight
@@ -105,7 +112,8 @@ def averaging(
             del reply, update
 
         answered = len(asked) - len(waiting)
-        lost = {name: why for name in asked for layer in middleware if (why := layer.lost(state.round, name))}
+        lost = {name: unsummed[name] for name in asked if name in unsummed}
+        lost |= {name: why for name in asked for layer in middleware if (why := layer.lost(state.round, name))}
         for name in sorted(waiting - {key.removeprefix("dropped.") for key in report}):
             report[f"dropped.{name}"] = lost.get(name, "no reply")
         report |= {"clients": answered, "asked": len(asked)}
@@ -132,31 +140,53 @@ def averaging(
     cohort = encoding_cohort(work.cohort, transforms) if work.cohort else None
     for layer in reversed(middleware):
         if layer.client:
-            # A client half may send messages of its own, which a batch of clients cannot.
-            client, cohort = layer.client(client), None
+            # A client half may send messages of its own, which a batch of clients cannot unless it knows them.
+            client, cohort = layer.client(client), layer.cohort(cohort) if cohort and layer.cohort else None
     steps = [
         Step("server", f"select and share{': ' * bool(share.name)}{share.name}"),
-        Step("silo", "local training"),
+        Step("silo", "local training", work.claim),
         *(Step("silo", f"encode: {t.name}", t.claim) for t in transforms),
         *(Step("wire", m.name, m.claim) for m in middleware),
-        *(Step("server", f"decode: {t.name}", t.decoded) for t in reversed(transforms)),
+        *(Step("server", f"decode: {t.name}", decoded(t)) for t in reversed(transforms)),
         *(Step("server", f"look: {p.name}", p.claim) for p in probes),
         Step("server", f"aggregate: {aggregate.name}", aggregate.claim),
-        *(Step("server", f"finish: {t.name}", t.finished) for t in reversed(transforms) if t.always),
+        *(
+            Step("server", f"finish: {t.name}", t.finished)
+            for t in reversed(transforms)
+            if t.always or t.finish is not as_it_is
+        ),
         Step("server", f"step: {optimiser.name}"),
     ]
 
     def wire(like: Tensors) -> Tensors:
-        return largest(wire_stages(transforms, part)[-1] for part in parts_of(share, like))
+        sent = largest(wire_stages(transforms, part)[-1] for part in parts_of(share, like))
+        for layer in reversed(middleware):
+            sent = layer.wire(sent)
+        return sent
 
+    ops = ["train", *(op for layer in middleware for op in layer.ops)]
     whole = Algorithm(
-        init, client, server, cohort, steps, wire, lambda like: share.packed(largest(parts_of(share, like)))
+        init, client, server, cohort, steps, wire, lambda like: share.packed(largest(parts_of(share, like))), ops
     )
 
     def reached(number: int) -> list[str]:
         return [name for name in select(number) if not any(layer.lost(number, name) for layer in middleware)]
 
     return share.around(whole, reached)
+
+
+def decoded(transform: Transform) -> Claim:
+    """Return what is known after `decode`, or refuse it where the server sees only sums of what was encoded."""
+
+    def claim(facts: Facts) -> Facts:
+        if facts.sees != "each" and not transform.summable:
+            raise FedllmError(
+                f"transforms: '{transform.name}' has to be undone for each silo's reply, and the server sees only sums "
+                "of them; take it out, or take out [secure]."
+            )
+        return transform.decoded(facts)
+
+    return claim
 
 
 def parts_of(share: Share, like: Tensors) -> Iterator[Tensors]:
@@ -185,7 +215,7 @@ def accept(
     stages: Sequence[Tensors],
 ) -> Tensors:
     """Return the decoded update of a reply, or raise `Refused`; nothing in a reply is trusted."""
-    if reply.client not in waiting:
+    if not set(reply.of or [reply.client]) <= waiting:
         raise Refused("it was not asked, or has answered already")
     if reply.round != round_number:
         raise Refused(f"it answers round {reply.round}, not {round_number}")

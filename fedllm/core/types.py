@@ -47,6 +47,10 @@ class Reply(NamedTuple):
     tensors: Tensors
     weight: float
     scalars: Scalars = NOTHING
+    of: Sequence[str] = ()
+    """The clients whose mean by weight this is, where only sums come through; no client can say this of its own."""
+    lost: Mapping[str, str] = NOTHING
+    """Beside such a mean: why other clients are not in it. With nobody in it there are no tensors."""
 
 
 def ignore(tokens: int) -> None:
@@ -96,13 +100,15 @@ class Work(NamedTuple):
     cohort: Cohort | None = None
     steps: Callable[[Dataset], int] = lambda data: 1
     """Steps that a client with this data takes in a round."""
+    claim: Callable[[Facts], Facts] = lambda facts: facts
+    """What is known of its update."""
 
 
 class Facts(NamedTuple):
     """What is known of one silo's update, or of the aggregate, at one step of the round."""
 
     sees: str = "each"
-    """Whether the server sees `each` silo's update or only their `sum`."""
+    """Whether the server sees `each` silo's update, only their `sum`, or the sums of `groups` of them."""
     norm_bound: float | None = None
     """The largest L2 norm that the update can have, if there is one."""
     even: bool = False
@@ -156,6 +162,8 @@ class Transform(NamedTuple):
     """Whether `finish` has its word also in a round to which no silo added anything, on an aggregate of 0."""
     at: Callable[[Tensors], Transform] | None = None
     """Where the server's half depends on what it remembers: from that to the transform of this one round."""
+    summable: bool = False
+    """Whether `decode` of a mean of what travels is the mean of what `decode` makes of each."""
 
 
 def nothing_lost(number: int, client: str) -> str | None:
@@ -166,7 +174,8 @@ def nothing_lost(number: int, client: str) -> str | None:
 class Middleware(NamedTuple):
     """Something around the exchange that needs messages of its own, and perhaps a half at the client.
 
-    `lost(round, client)` says why it keeps a client's reply from the server in a round, if it does; pure.
+    `lost(round, client)` says why it keeps a client's reply from the server in a round, if it does; pure. `ops` are
+    those of its own messages, each done once a round. `cohort` is its client half where many clients are one batch.
     """
 
     name: str
@@ -174,6 +183,10 @@ class Middleware(NamedTuple):
     client: Callable[[Client], Client] | None = None
     claim: Claim = unchanged
     lost: Callable[[int, str], str | None] = nothing_lost
+    ops: Sequence[str] = ()
+    cohort: Callable[[Cohort], Cohort] | None = None
+    wire: Callable[[Tensors], Tensors] = dict
+    """From what a client would send up to what it does send, in its largest message; runs on meta tensors."""
 
 
 class Aggregator(NamedTuple):
@@ -259,6 +272,8 @@ class Algorithm(NamedTuple):
     """What one client sends up in a round for such parameters, at most; runs on meta tensors."""
     down: Callable[[Tensors], Tensors] = dict
     """What one client that follows the run is sent in a round, at most; runs on meta tensors."""
+    ops: Sequence[str] = ("train",)
+    """What its client can be asked to do."""
 
 
 def on_meta(tensors: Tensors) -> dict[str, Tensor]:

@@ -61,8 +61,9 @@ def availability(silos: Mapping[str, Presence], seed: int) -> Middleware:
     def wrapped(exchange: Exchange) -> Exchange:
         def around(requests: Sequence[Request]) -> Iterator[Reply]:
             reached = [slowed(each) for each in requests if silos.get(each.client, Presence()).there(each.round + 1)]
+            trained = {each.client for each in reached if each.op == "train"}
             for reply in exchange(reached):
-                if lost(reply.round, reply.client) is None:
+                if reply.client not in trained or lost(reply.round, reply.client) is None:
                     yield reply
 
         return around

@@ -32,4 +32,6 @@ def clip(max_norm: float) -> Transform:
         lambda wire, like: clipped(wire),
         claim=claim,
         decoded=claim,
+        # A mean of updates within the bound is within it: there is nothing left to clip, unless a silo cheats.
+        summable=True,
     )

@@ -9,27 +9,27 @@ from fedllm.core.types import Request
 from fedllm.federation.audit import Entry
 from fedllm.federation.bench import Job
 from fedllm.federation.policy import Site
-from fedllm.federation.record import TRAIN, trained
+from fedllm.federation.record import ONCE, TRAIN, done_once
 from fedllm.federation.rules import Denied
 
 
 def once(folder: Path, name: str, request: Request, rounds: int, running: Iterable[Job]) -> None:
-    """Deny a round that the run has not, or that was or is being trained for another request.
+    """Deny a round that the run has not, or in which this was or is being done for another request.
 
     Raises:
         Denied: by the rule `ask` or `once`.
     """
-    if request.op != TRAIN:
+    if request.op not in ONCE:
         return
     if request.round >= rounds:
         raise Denied("ask", f"This run was asked for with {rounds} rounds; round {request.round + 1} is none of them.")
-    done = trained(folder, request.round)
+    done, what = done_once(folder, request.op, request.round), "trained" if request.op == TRAIN else "added up"
     if done and done.request == name:
         raise Denied("once", f"Round {request.round + 1} was done here, and its reply is no longer kept.")
-    others = [job for job in running if job.request.op == TRAIN and job.request.round == request.round]
+    others = [job for job in running if (job.request.op, job.request.round) == (request.op, request.round)]
     if done or any(job.name != name for job in others):
         raise Denied(
-            "once", f"Round {request.round + 1} is trained here once, and it was or is being done for another request."
+            "once", f"Round {request.round + 1} is {what} here once, and it was or is being done for another request."
         )
 
 

@@ -87,7 +87,10 @@ class Policy(Closed):
     """At which epsilon is reckoned here."""
     trust_server: bool = False
     """Whether noise that only the server adds counts."""
+    trust_sites: bool = False
+    """Whether noise counts of which other sites add their parts."""
     secure_aggregation: bool = False
+    """Whether only sums with other sites' updates may leave."""
     duplicates: bool = True
     """Whether salted hashes of the texts may leave, to find those that several sites have."""
     metrics: tuple[str, ...] = METRICS

@@ -2,7 +2,7 @@
 
 A piece of work is three files of one stem in the run's folder: `.reply`, `.memory` if there is any, and
 `.request`, a marker with the identity of the request and the hash of the reply. The marker is written last; without it
-the others do not count. Markers of training stay for good, the rest for the last `KEPT` rounds.
+the others do not count. Markers of what is done once a round stay for good, the rest for the last `KEPT` rounds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from fedllm.federation.rules import canonical
 KEPT = 3
 
 TRAIN, EVALUATE = "train", "evaluate"
+
+ONCE = (TRAIN, "secure_keys", "secure_shares", "secure_sum")
+"""What a site does once a round: to train, and each phase of a secure sum, whose answers twice would tell more."""
 
 
 class Done(NamedTuple):
@@ -55,7 +58,7 @@ def beside(stem: Path, ending: str) -> Path:
 def stem_of(folder: Path, request: Request, name: str) -> Path:
     """Return where a request's work is recorded: a round is trained once, while there may be many looks in it."""
     stem = f"{request.op}-{request.round:06d}"
-    return folder / (stem if request.op == TRAIN else f"{stem}-{name[:16]}")
+    return folder / (stem if request.op in ONCE else f"{stem}-{name[:16]}")
 
 
 def markers(folder: Path, pattern: str = "*") -> Iterator[Done]:
@@ -85,9 +88,9 @@ def with_reply(folder: Path, reply: str) -> Done | None:
     return next((done for done in markers(folder) if done.reply == reply and done.kept), None)
 
 
-def trained(folder: Path, number: int) -> Done | None:
-    """Return the recorded training of a round."""
-    return next(markers(folder, f"{TRAIN}-{number:06d}"), None)
+def done_once(folder: Path, op: str, number: int) -> Done | None:
+    """Return what was recorded of a round's `op` that is done once."""
+    return next(markers(folder, f"{op}-{number:06d}"), None)
 
 
 def memory_before(folder: Path, number: int) -> Path | None:
@@ -136,10 +139,9 @@ def keep(folder: Path, request: Request, name: str, reply: Path) -> Done:
 
 
 def drop_old(folder: Path) -> None:
-    """Drop replies and memory of all but the last trained rounds, and all of all but the last looks."""
-    train = list(markers(folder, f"{TRAIN}-*"))
-    looks = [done for done in markers(folder) if done.op != TRAIN]
-    for done in train[KEPT:]:
+    """Drop replies and memory of all but the last rounds, and all of all but the last looks."""
+    looks = [done for done in markers(folder) if done.op not in ONCE]
+    for done in [each for op in ONCE for each in list(markers(folder, f"{op}-*"))[KEPT:]]:
         done.path.unlink(missing_ok=True)
         beside(done.stem, ".memory").unlink(missing_ok=True)
     for done in sorted(looks, key=lambda look: age(beside(look.stem, ".request")), reverse=True)[KEPT:]:

@@ -15,11 +15,13 @@ from fedllm.federation.policy import KINDS, Known, Policy, Site
 KEEPS_NORM = {"cast"}
 """Transforms after which a clipped update is still clipped; what adds or scales values undoes it."""
 
-CLIPS = {"clip", "central_dp", "banded_dp", "local_dp"}
+CLIPS = {"clip", "central_dp", "banded_dp", "local_dp", "distributed_dp"}
 """Transforms that clip what a site's text has done before it leaves, at their `max_norm`."""
 
 SERVER_NOISE = {"central_dp", "adaptive_dp", "banded_dp"}
 SITE_NOISE = {"local_dp", "dp_sgd"}
+SUM_NOISE = {"distributed_dp"}
+"""Transforms of whose noise each site adds a part."""
 
 SAID = ("recipe", "algorithm", "fedllm", "model_sha256", "user")
 """What a server says when it asks for a run."""
@@ -46,6 +48,10 @@ class Asked(NamedTuple):
     fedllm: str
     compares: bool = False
     """Whether salted hashes of the texts are to leave, to find those that several sites have."""
+    secure: bool = False
+    """Whether the server sees only sums of updates."""
+    noise_in_sum: bool = False
+    """Whether a site that trains with noise adds only its part of it."""
 
 
 class Spending(NamedTuple):
@@ -117,6 +123,8 @@ def facts(said: Mapping[str, Any]) -> Asked:
         user=text(said, "user"),
         fedllm=text(said, "fedllm"),
         compares=recipe.get("duplicates") is not None,
+        secure=isinstance(recipe.get("secure"), dict),
+        noise_in_sum=recipe["client"].get("noise_in", "silo") != "silo",
     )
 
 
@@ -275,11 +283,15 @@ def of_privacy(name: str, policy: Policy, asked: Asked) -> Iterator[Refusal]:
         )
     if policy.epsilon is not None:
         parts = {*asked.names["transforms"], *asked.names["clients"]}
+        together = SUM_NOISE | ({"dp_sgd"} if asked.noise_in_sum else set())
         trusted = SERVER_NOISE if policy.trust_server else set()
-        if not parts & (SITE_NOISE | trusted):
+        trusted = trusted | (together if policy.trust_sites and asked.secure else set())
+        if not parts & ((SITE_NOISE - together) | trusted):
             found = (
                 "adds noise at the server only, which policy.trust_server does not count"
                 if parts & SERVER_NOISE
+                else "lets each site add its part of the noise, and policy.trust_sites does not count the others'"
+                if parts & together
                 else "adds none"
             )
             yield Refusal(
@@ -293,10 +305,10 @@ def of_privacy(name: str, policy: Policy, asked: Asked) -> Iterator[Refusal]:
                 f"{name} lets nothing leave without noise, and each site's own model is told of without any; set "
                 "evaluate.alone = false.",
             )
-    if policy.secure_aggregation:
+    if policy.secure_aggregation and not asked.secure:
         yield Refusal(
             "secure_aggregation",
-            f"{name} asks for secure aggregation, which no recipe of fedllm {fedllm.__version__} can guarantee yet.",
+            f"{name} sends no update that the server could read by itself; add [secure] to the recipe.",
         )
 
 

@@ -11,6 +11,7 @@ record each, so that the shared matmuls stay large (`silo/cohort.py`); else one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal, NamedTuple
@@ -23,7 +24,7 @@ from fedllm.core.noise import digest, key_of, require_float32, uniform, with_noi
 from fedllm.core.schedule import Schedule, Shape, require_schedule
 from fedllm.core.seeds import derive
 from fedllm.core.tensors import subtract
-from fedllm.core.types import Reply, Request, Silo, Tensors, Work
+from fedllm.core.types import Facts, Reply, Request, Silo, Tensors, Work
 from fedllm.silo.cohort import stackable, stacked
 from fedllm.silo.examples import Example, collate
 from fedllm.silo.fit import seeded
@@ -41,6 +42,10 @@ class Guard(NamedTuple):
     """From the silo's number of records to the noise multiplier."""
 
 
+ROOM = 4.0
+"""Where noise is added to the sum of all silos: the norm that one silo's gradients together may have, over
+clip * batch_size. To bring a longer one down to it moves no record's part further."""
+
 Gradients = Callable[[Sequence[Example]], dict[str, Tensor]]
 """From up to `micro_batch` records to the sum of their clipped gradients."""
 
@@ -52,6 +57,7 @@ def dp_sgd(
     *,
     clip: float,
     noise: float | None = None,
+    noise_in: Literal["silo", "sum"] = "silo",
     steps: int = 10,
     rate: float | None = None,
     batch_size: int = 32,
@@ -73,7 +79,13 @@ def dp_sgd(
     `micro_batch` records are computed at a time. The optimiser starts afresh every round.
 
     Nothing but the update leaves: no loss and no count of tokens, which would have no noise on them.
+
+    With `noise_in` the sum a silo takes no step of its own: once a round it replies `learning_rate` times the sum of
+    its records' clipped gradients over `batch_size`, without noise, for a secure sum of all silos to which each adds
+    its part. There `batch_size` is the same for all, whatever the rate; the server's optimiser takes the step.
     """
+    if noise_in == "sum":
+        require_one_step(steps, schedule, weight_decay)
     require_sense(clip, noise, steps, rate, batch_size, micro_batch)
     over = Schedule(schedule, warmup, floor)
     require_schedule("client", over, rounds)
@@ -93,14 +105,19 @@ def dp_sgd(
         stepping = inner_optimiser(params, inner, {})
         with ExitStack() as stack, seeded(derive(silo.seed, "fit", request.round), device):
             gradients = clipped_gradients(silo.model, params, objective, pad_id, clip, micro_batch, stack)
+            if noise_in == "sum":
+                drawn = uniform(key_of(secret, "drawn", 0), len(records)) < chance
+                rows = [records[place] for place in drawn.nonzero().flatten().tolist()]
+                update = short_sum(added_up(gradients, rows, params, micro_batch), ROOM * clip * batch_size)
+                silo.tick(0)
+                scaled = {name: value * (learning_rate / batch_size) for name, value in update.items()}
+                home = {name: value.to(request.tensors[name].device) for name, value in scaled.items()}
+                return Reply(request.client, request.round, home, 1.0), {}
             for step in range(steps):
                 set_rate(stepping, inner, request.round * steps + step, (rounds or 0) * steps)
                 drawn = uniform(key_of(secret, "drawn", step), len(records)) < chance
                 rows = [records[place] for place in drawn.nonzero().flatten().tolist()]
-                total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
-                for first in range(0, len(rows), micro_batch):
-                    for name, part in gradients(rows[first : first + micro_batch]).items():
-                        total[name] += part
+                total = added_up(gradients, rows, params, micro_batch)
                 noised = with_noise(
                     {name: value.float() for name, value in total.items()}, deviation, key_of(secret, "noise", step)
                 )
@@ -114,7 +131,28 @@ def dp_sgd(
         home = {name: value.to(request.tensors[name].device) for name, value in update.items()}
         return Reply(request.client, request.round, home, float(len(records))), {}
 
-    return Work(client, None, lambda data: steps)
+    def claim(facts: Facts) -> Facts:
+        return facts._replace(norm_bound=learning_rate * clip * ROOM) if noise_in == "sum" else facts
+
+    return Work(client, None, lambda data: steps, claim)
+
+
+def added_up(
+    gradients: Gradients, rows: Sequence[Example], params: Mapping[str, Tensor], micro_batch: int
+) -> dict[str, Tensor]:
+    """Return the sum of the records' clipped gradients, in float64."""
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
+    for first in range(0, len(rows), micro_batch):
+        for name, part in gradients(rows[first : first + micro_batch]).items():
+            total[name] += part
+    return total
+
+
+def short_sum(total: Tensors, largest: float) -> dict[str, Tensor]:
+    """Return a sum of gradients as float32, scaled down to a norm."""
+    length = math.sqrt(sum(float(value.square().sum()) for value in total.values()))
+    scale = min(1.0, largest / max(length, 1e-30))
+    return {name: (value * scale).float() for name, value in total.items()}
 
 
 def rate_of(rate: float | None, batch_size: int, records: int) -> float:
@@ -201,6 +239,20 @@ def summed(groups: Sequence[dict[str, Tensor]] | Iterator[dict[str, Tensor]], cl
             part = scaled.sum(0)
             total[name] = total[name] + part if name in total else part
     return total
+
+
+def require_one_step(steps: int, schedule: Shape, weight_decay: float) -> None:
+    """Raise for settings of a silo's own optimiser where it takes no step of its own."""
+    if steps != 1:
+        raise FedllmError(
+            f"client.noise_in is 'sum' and client.steps is {steps}: noise in the sum hides a record in the one step "
+            "that all silos take together, and not in steps that each takes by itself; set client.steps = 1."
+        )
+    if schedule != "constant" or weight_decay:
+        raise FedllmError(
+            "client.noise_in is 'sum', where the server takes the step; leave client.schedule and client.weight_decay "
+            "out, and set [optimiser]."
+        )
 
 
 def require_sense(

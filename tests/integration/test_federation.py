@@ -74,11 +74,11 @@ def undisturbed(place, recipe):
     return run(with_alone, place / "local")
 
 
-def federate(folder, recipe, line):
+def federate(folder, recipe, line, names=NAMES):
     folder.mkdir(exist_ok=True)
     (folder / "recipe.toml").write_text(write_recipe(recipe.model_copy(update={"silos": {}})))
     (folder / "run.json").write_text(json.dumps({"wanted": "run", "user": "admin@example.org"}))
-    lead(folder, line, NAMES)
+    lead(folder, line, names)
     return folder
 
 

@@ -39,6 +39,7 @@ def test_a_site_that_says_nothing_allows_what_is_known(tmp_path):
 
 CENTRAL = {"name": "central_dp", "max_norm": 1.0, "noise": 1.0}
 LOCAL = {"name": "local_dp", "max_norm": 1.0, "noise": 20.0}
+TOGETHER = {"name": "distributed_dp", "max_norm": 1.0, "noise": 20.0}
 NO = [
     ("version", {}, {"version": "0.2.0"}, r"works with fedllm 0\.1, the server with '0\.2\.0'; install the same"),
     ("recipes", {"recipes": (ONE,)}, {}, r"allows certain recipes only.*[0-9a-f]{64}.*policy\.recipes"),
@@ -69,7 +70,15 @@ NO = [
         r"own model is told of without any; set evaluate\.alone = f",
     ),
     ("duplicates", {"duplicates": False}, {"duplicates": {}}, r"a lets no hashes of its texts leave"),
-    ("secure_aggregation", {"secure_aggregation": True}, {}, r"asks for secure aggregation, which no recipe"),
+    ("epsilon", {"epsilon": 8.0}, {"transforms": [TOGETHER], "secure": {}}, r"policy\.trust_sites does not count"),
+    (
+        "epsilon",
+        {"epsilon": 8.0},
+        {"client": {"name": "dp_sgd", "noise_in": "sum"}, "secure": {}},
+        r"each site add its part of the noise",
+    ),
+    ("epsilon", {"epsilon": 8.0, "trust_sites": True}, {"transforms": [TOGETHER]}, r"trust_sites does not count"),
+    ("secure_aggregation", {"secure_aggregation": True}, {}, r"could read by itself; add \[secure\]"),
 ]
 
 
@@ -79,9 +88,14 @@ def test_each_rule_refuses_by_its_name_and_says_what_is_allowed(tmp_path, rule, 
     assert found.rule == rule and re.search(sentence, found.sentence), found
 
 
+def test_sums_and_noise_in_them_are_enough_for_a_site_that_trusts_the_others(tmp_path):
+    run = asked(transforms=[TOGETHER], secure={}, evaluate={"alone": False})
+    assert refusal(tmp_path, run, secure_aggregation=True, clip=1.0, epsilon=8.0, trust_sites=True) is None
+
+
 def test_every_key_of_the_policy_that_a_recipe_can_break_is_tried_here():
     later = {"rounds_a_day", "tokens_a_day", "metrics", "max_message_mb"}
-    later |= {"delta", "trust_server"}  # They say how epsilon is counted.
+    later |= {"delta", "trust_server", "trust_sites"}  # They say how epsilon is counted.
     assert {rule for rule, *_ in NO} == Policy.model_fields.keys() - later | {"version"}
 
 

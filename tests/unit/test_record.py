@@ -12,7 +12,7 @@ import pytest
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Request
 from fedllm.federation import record
-from fedllm.federation.record import find, keep, memory_before, trained, with_reply
+from fedllm.federation.record import TRAIN, done_once, find, keep, memory_before, with_reply
 from fedllm.federation.spool import WAITING, Spool
 from tests.desks import key_of
 
@@ -42,8 +42,8 @@ def done(folder, number, op="train", reply=b"reply", memory=b"memory"):
 def test_work_is_found_by_its_request_by_its_reply_and_by_its_round(tmp_path):
     kept = done(tmp_path, 4)
     assert kept.path.read_bytes() == b"reply4" and kept.reply == key_of(b"reply4") and kept.size == 6
-    assert find(tmp_path, name_of(4)) == with_reply(tmp_path, kept.reply) == trained(tmp_path, 4) == kept
-    assert find(tmp_path, name_of(5)) is None and trained(tmp_path, 5) is None
+    assert find(tmp_path, name_of(4)) == with_reply(tmp_path, kept.reply) == done_once(tmp_path, TRAIN, 4) == kept
+    assert find(tmp_path, name_of(5)) is None and done_once(tmp_path, TRAIN, 5) is None
     assert with_reply(tmp_path, name_of(4)) is None and find(tmp_path / "no run", name_of(4)) is None
 
 
@@ -61,7 +61,7 @@ def test_memory_is_that_of_the_last_training_before(tmp_path):
 def test_the_last_rounds_are_kept_and_that_there_were_others_is_known(tmp_path):
     for number in range(6):
         done(tmp_path, number)
-    assert [trained(tmp_path, number).kept for number in range(6)] == [False] * 3 + [True] * 3
+    assert [done_once(tmp_path, TRAIN, number).kept for number in range(6)] == [False] * 3 + [True] * 3
     assert len(list(tmp_path.glob("*.memory"))) == 3
     assert with_reply(tmp_path, key_of(b"reply1")) is None
     with pytest.raises(FedllmError, match="after round 1 is no longer kept, so round 2 cannot be made again"):
@@ -82,7 +82,7 @@ def test_without_its_marker_work_was_not_done(tmp_path):
     done(tmp_path, 1)
     (tmp_path / "train-000002.reply").write_bytes(b"half")
     (tmp_path / "train-000002.memory").write_bytes(b"half")
-    assert trained(tmp_path, 2) is None and with_reply(tmp_path, key_of(b"half")) is None
+    assert done_once(tmp_path, TRAIN, 2) is None and with_reply(tmp_path, key_of(b"half")) is None
     assert memory_before(tmp_path, 3).read_bytes() == b"memory1"
     assert done(tmp_path, 2).path.read_bytes() == b"reply2"
 
@@ -95,11 +95,11 @@ def test_a_marker_that_is_not_one_is_named(tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_recorded(tmp_path):
     code = FULL + (
-        "from fedllm.core.types import Request\nfrom fedllm.federation.record import keep, trained\n"
+        "from fedllm.core.types import Request\nfrom fedllm.federation.record import TRAIN, done_once, keep\n"
         "(folder / '.working').write_bytes(b'reply')\nsmall(100)\n"
         "try:\n    keep(folder, Request('a', 1, 'train', {}), '0' * 64, folder / '.working')\n"
         "except FedllmError as error:\n    print(error)\n"
-        "print(trained(folder, 1), [path.name for path in folder.iterdir()])"
+        "print(done_once(folder, TRAIN, 1), [path.name for path in folder.iterdir()])"
     )
     made = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     sentence, left = made.stdout.splitlines()

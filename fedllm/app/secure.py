@@ -1,0 +1,79 @@
+"""What a recipe's `[secure]` becomes, and what does not go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedllm.app.config import Recipe
+from fedllm.app.privacy import around, sum_noise
+from fedllm.core.errors import FedllmError
+from fedllm.core.round import wire_stages
+from fedllm.core.types import Facts, Middleware, Share, Tensors, Transform, Work
+from fedllm.exchange.secure.middleware import secure_sum
+from fedllm.exchange.secure.settings import Settings, circle
+
+
+def secure_part(
+    recipe: Recipe,
+    work: Work,
+    share: Share,
+    transforms: Sequence[Transform],
+    params: Tensors,
+    silos: int,
+    secret: bytes,
+) -> list[Middleware]:
+    """Return the middleware of a recipe's `[secure]`, if it has one; refuse what shows more than the sum.
+
+    A site knows only itself: with one silo nothing is said about their number.
+    """
+    noise = sum_noise(recipe)
+    if recipe.secure is None:
+        return []
+    if recipe.algorithm["name"] != "averaging":
+        raise FedllmError(
+            f"[secure] hides updates in their sum, and algorithm '{recipe.algorithm['name']}' asks each silo for its "
+            "own; take [secure] out, or learn with algorithm 'averaging'."
+        )
+    if share.partial:
+        raise FedllmError(
+            f"share.name is '{recipe.share['name']}', whose silos tell scores of their own; with [secure] use "
+            "share.name = 'everything'."
+        )
+    if recipe.evaluate.alone:
+        raise FedllmError(
+            "evaluate.alone tells what each silo reaches by itself, and with [secure] nothing of one silo is told but "
+            "its held-out loss; set evaluate.alone = false."
+        )
+    settings = Settings(**recipe.secure.model_dump())
+    if silos > 1:
+        each = int(recipe.select.get("size", silos))
+        circle(settings, each, each)
+    facts = work.claim(Facts())
+    for transform in transforms:
+        facts = transform.claim(facts)
+    weighted = recipe.aggregate.get("weights", "examples") == "examples"
+    return [
+        secure_sum(
+            settings,
+            secret,
+            facts.norm_bound,
+            lambda number: wire_stages(transforms, share.up(number, params))[-1],
+            weighted,
+            noise,
+        )
+    ]
+
+
+def secure_lines(recipe: Recipe, silos: int) -> list[str]:
+    """Say what a recipe's secure sum bears and what it does not hide."""
+    if recipe.secure is None:
+        return []
+    size = int(around(recipe, silos, b"").expected) if recipe.select["name"] != "everyone" else silos
+    size = max(size, recipe.secure.least)
+    now = circle(Settings(**recipe.secure.model_dump()), size, size)
+    return [
+        f"secure       sums of {now.silos} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
+        f"lost, hidden from the server with the help of {recipe.secure.colluding} of them ({now.threshold} shares of "
+        f"{now.neighbours + 1} bring a key back)",
+        "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)",
+    ]
