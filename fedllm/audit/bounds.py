@@ -14,8 +14,8 @@ def epsilon_from_rates(hits: int, members: int, alarms: int, others: int, delta:
     Clopper and Pearson's interval for the one and the upper end for the other, and likewise with both turned round. It
     holds for trials that are independent, each with noise of its own.
     """
-    hit_low, hit_high = clopper_pearson(hits, members)
-    alarm_low, alarm_high = clopper_pearson(alarms, others)
+    hit_low, _ = clopper_pearson(hits, members)
+    _, alarm_high = clopper_pearson(alarms, others)
     pairs = ((hit_low, alarm_high), (1 - alarm_high, 1 - hit_low))
     found = [math.log((top - delta) / bottom) for top, bottom in pairs if top > delta and bottom > 0]
     return max([0.0, *found])

@@ -1,9 +1,9 @@
-"""Which trained layers see the text first, and what they are given for a text: what the attacks compare updates with."""
+"""Which trained layers see the text first, and what they are given for it: what attacks compare updates with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -68,10 +68,8 @@ def inputs_of(model: nn.Module, reading: Reading, ids_BT: Tensor) -> Tensor:
         raise _Enough
 
     with hooked([(module, stop)]), torch.no_grad():
-        try:
+        with suppress(_Enough):
             model(input_ids=ids_BT, use_cache=False)
-        except _Enough:
-            pass
     return kept[0]
 
 

@@ -1,4 +1,4 @@
-"""Membership inference: is a text one that the model learned from?
+"""Membership inference: whether a text is one that the model learned from.
 
 Three scores, higher for members: the loss itself (Yeom et al. 2018, arXiv:1709.01604), the loss against that of the
 model before training (a reference as in Carlini et al. 2021, arXiv:2012.07805, section 5), and Min-K% (Shi et al. 2024,
