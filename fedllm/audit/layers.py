@@ -67,9 +67,8 @@ def inputs_of(model: nn.Module, reading: Reading, ids_BT: Tensor) -> Tensor:
         kept.append(given[0].detach().double())
         raise _Enough
 
-    with hooked([(module, stop)]), torch.no_grad():
-        with suppress(_Enough):
-            model(input_ids=ids_BT, use_cache=False)
+    with hooked([(module, stop)]), torch.no_grad(), suppress(_Enough):
+        model(input_ids=ids_BT, use_cache=False)
     return kept[0]
 
 
