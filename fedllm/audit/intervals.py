@@ -81,6 +81,6 @@ def tpr_at(members: Sequence[float], others: Sequence[float], fpr: float = 0.01)
     >>> tpr_at([5.0, 1.0, 4.0, 9.0], [0.0, 2.0, 3.0]).value
     0.75
     """
-    allowed = int(fpr * len(others))
+    allowed = int(fpr * len(others) + 1e-9)
     threshold = sorted(others, reverse=True)[allowed]
     return share_estimate(sum(score > threshold for score in members), len(members))

@@ -15,7 +15,7 @@ from fedllm.app.data import canaries_of, canary_columns
 from fedllm.app.privacy import UNITS
 from fedllm.app.result import load
 from fedllm.audit.exposure import Told, candidates, chance, exposure, from_coins, standing
-from fedllm.audit.intervals import auc_estimate, mean_estimate, share_estimate, tpr_at
+from fedllm.audit.intervals import auc_estimate, clopper_pearson, mean_estimate, share_estimate, tpr_at
 from fedllm.audit.membership import by_least, by_loss, by_reference, token_scores
 from fedllm.core.seeds import derive, generator
 from fedllm.evaluation.generate import how, write
@@ -82,8 +82,11 @@ def membership(case: Case) -> list[Finding]:
     for attack, values in scores.items():
         members, others = values[: len(inside)], values[len(inside) :]
         area = auc_estimate(members, others, case.seed)
-        findings.append(over(attack, "the finished model", "AUC", area, 0.5))
-        findings.append(over(attack, "the finished model", "found at 1 % false alarms", tpr_at(members, others), 0.01))
+        findings.append(over(attack, "the finished model", "AUC", area, 0.5, share=False))
+        few = tpr_at(members, others)
+        # The threshold rests on few texts: only above what false alarms there could really be is it a finding.
+        alarms = clopper_pearson(len(others) // 100, len(others))[1]
+        findings.append(Finding(attack, "the finished model", "found at 1 % false alarms", few, 0.01, few.low > alarms))
     return findings
 
 
