@@ -44,12 +44,13 @@ def epsilon_from_one_run(planted: int, guesses: int, right: int, delta: float, c
 
 def chance_of(planted: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Return the most that the chance of `right` right guesses can be under (epsilon, delta)."""
+    import numpy
     from scipy.stats import binom
 
     rate = 1 / (1 + math.exp(-epsilon))
     whole = float(binom.sf(right - 1, guesses, rate))
-    steepest, so_far = 0.0, 0.0
-    for less in range(1, right + 1):
-        so_far += float(binom.pmf(right - less, guesses, rate))
-        steepest = max(steepest, so_far / less)
+    if not delta or not right:
+        return min(1.0, whole)
+    less = numpy.arange(1, right + 1)
+    steepest = float((numpy.cumsum(binom.pmf(right - less, guesses, rate)) / less).max())
     return min(1.0, whole + 2 * planted * delta * steepest)

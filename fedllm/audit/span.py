@@ -92,6 +92,7 @@ def basis(update: Tensors, reading: Reading, tokens: int) -> Tensor | None:
 
 
 def distances(x_BI: Tensor, basis_RI: Tensor) -> Tensor:
-    """Return how far each input is from a span, relative to its own length."""
+    """Return how far each input is from a span, relative to its own length; one of no length is in no text."""
+    length_B = x_BI.norm(dim=-1)
     outside = x_BI - (x_BI @ basis_RI.T) @ basis_RI
-    return outside.norm(dim=-1) / x_BI.norm(dim=-1).clamp(min=1e-12)
+    return torch.where(length_B > 0, outside.norm(dim=-1) / length_B.clamp(min=1e-30), 1.0)

@@ -45,9 +45,9 @@ def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
     drawn = {name: sampled(case, name, times) for name in names}
     records = min(len(silos.examples(name)["train"]) for name in names)
     findings, shown = list[Finding](), list[Recovered]()
-    kinds = [("one record, one plain step", True)]
+    kinds = [("one record, plain step", True)]
     if case.recipe.client.get("optimiser", "adamw") != "sgd":
-        kinds.append(("one record, one step of AdamW", False))
+        kinds.append(("one record, AdamW step", False))
     for said, plain in kinds:
         views = [one_each(case, drawn, place, records, plain) for place in range(times)]
         texts = [
@@ -76,9 +76,9 @@ def in_sum(
         together = [token for text in told.values() for token in text]
         one += [Target(text, view.whole, len(together)) for text in told.values()]
         every.append(Target(together, view.whole, len(together)))
-    said = f"the sum of {len(texts[0])} such silos"
-    findings = attacked(case, f"{said}: one silo's text", one[: case.trials], common)[0]
-    return findings + attacked(case, f"{said}: all their texts", every, common)[0]
+    said = f"sum of {len(texts[0])} silos"
+    findings = attacked(case, f"{said}, one's text", one[: case.trials], common)[0]
+    return findings + attacked(case, f"{said}, all texts", every, common)[0]
 
 
 def one_each(case: Case, drawn: Mapping[str, Sequence[Example]], place: int, records: int, plain: bool) -> View:
@@ -96,7 +96,7 @@ def as_sent(case: Case, names: Sequence[str], common: Sequence[int]) -> list[Fin
         for name, update in view.each.items()
         if (text := [token for place in data[name].read for token in data[name].examples[place].input_ids])
     ]
-    return attacked(case, "a round as the run sends it", targets, common)[0] if targets else []
+    return attacked(case, "a round as sent", targets, common)[0] if targets else []
 
 
 def attacked(

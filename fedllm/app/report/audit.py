@@ -45,11 +45,13 @@ def render(result: Mapping[str, Any]) -> str:
 
 def plot(section: Section) -> Figure | None:
     """Return found against chance, case by case, where a section has more than one number of a kind."""
-    rows = [row for row in section.findings if row["measure"] == section.plotted]
+    rows = [
+        row for row in section.findings if row["measure"] == section.plotted and (row["says"] or not section.by_case)
+    ]
     if not rows:
         return None
     scale = 100 if rows[0]["share"] else 1
-    names = [folded(f"{row['case']}") if section.by_case else folded(row["attack"]) for row in rows]
+    names = [folded(row["case"]) if section.by_case else folded(row["attack"]) for row in rows]
     places = list(range(len(rows)))
     values = [scale * row["found"]["value"] for row in rows]
     error = {

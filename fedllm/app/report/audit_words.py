@@ -87,14 +87,27 @@ HOW = {
 
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
-    """Return the sections that have findings, each finding with its sentence."""
+    """Return the sections that have findings: those with a sentence are the strongest of each case and measure."""
     made = []
     for key, section in SECTIONS.items():
         own = [found for found in result["findings"] if found["attack"] in OF[key]]
         if own:
-            told = [{**found, "says": sentence(found), "text": found_text(found)} for found in own]
+            best: dict[tuple[str, str], Mapping[str, Any]] = {}
+            for found in own:
+                place = (found["case"], found["measure"])
+                if place not in best or above(found) > above(best[place]):
+                    best[place] = found
+            told = [
+                {**found, "text": found_text(found), "says": sentence(found) if found in best.values() else ""}
+                for found in own
+            ]
             made.append(section._replace(findings=told))
     return made
+
+
+def above(found: Mapping[str, Any]) -> float:
+    """Return how far a finding is above chance."""
+    return float(found["found"]["value"] - found["chance"])
 
 
 def value_text(value: float, share: bool) -> str:
@@ -120,23 +133,30 @@ def found_text(found: Mapping[str, Any]) -> dict[str, str]:
 
 def sentence(found: Mapping[str, Any]) -> str:
     """Say in one plain sentence what a finding is and whether it is more than chance."""
-    text, verdict = found_text(found), "That is more than chance." if found["leaks"] else "That is not beyond chance."
-    attack, case = found["attack"], plain(found["case"], 120)
+    verdict = "That is more than chance." if found["leaks"] else "That is not beyond chance."
+    return f"{told(found, found_text(found))} {verdict}"
+
+
+def told(found: Mapping[str, Any], text: Mapping[str, str]) -> str:
+    """Say what a finding is."""
+    how, case, value, chance = HOW[found["attack"]], plain(found["case"], 120), text["value"], text["chance"]
+    opening = f"{case[0].upper()}{case[1:]}"
     if found["measure"] == "tokens recovered":
-        said = f"From {case}, the attack that {HOW[attack]} names {text['value']} of the tokens; guessing names {text['chance']}."
-    elif found["measure"].startswith("text recovered"):
-        said = f"From {case}, the text itself is put together with a score of {text['value']} (100 % is word for word); guessing gets {text['chance']}."
-    elif found["measure"] == "AUC":
-        said = f"On {case}, the attack that {HOW[attack]} ranks a training record above a held-out one in {100 * found['found']['value']:.0f} of 100 cases; a coin does in 50."
-    elif found["measure"].startswith("found at"):
-        said = f"Allowed one false alarm in 100, the attack that {HOW[attack]} finds {text['value']} of the training records; chance finds 1 %."
-    elif attack == "exposure":
-        said = f"The {case} have an exposure of {text['value']} bits on average; secrets that were never seen have {text['chance']}."
-    elif attack == "prompting":
-        said = f"Asked for them, the model tells {text['value']} of the {case} word for word."
-    else:
-        said = f"Of {case}: the attack that {HOW[attack]} is right in {text['value']} of the cases; chance is {text['chance']}."
-    return f"{said} {verdict}"
+        return f"{opening}: an attack that {how} names {value} of the tokens; guessing names {chance}."
+    if found["measure"].startswith("text recovered"):
+        return f"{opening}: the text is put together to {value}, 100 % being word for word; guessing gets {chance}."
+    if found["measure"] == "AUC":
+        cases = f"{100 * found['found']['value']:.0f} of 100"
+        return f"An attack that {how} ranks a training record above a held-out one in {cases} cases; a coin does in 50."
+    if found["measure"].startswith("found at"):
+        return (
+            f"At one false alarm in 100, an attack that {how} finds {value} of the training records; chance finds 1 %."
+        )
+    if found["attack"] == "exposure":
+        return f"The {case} have an exposure of {value} bits on average; secrets that were never seen have {chance}."
+    if found["attack"] == "prompting":
+        return f"Asked for them, the model tells {value} of the {case} word for word."
+    return f"{opening}: an attack that {how} is right in {value} of the cases; chance is {chance}."
 
 
 def strongest(result: Mapping[str, Any], key: str, measure: str, case: str = "") -> Mapping[str, Any] | None:
@@ -146,13 +166,13 @@ def strongest(result: Mapping[str, Any], key: str, measure: str, case: str = "")
         for found in result["findings"]
         if found["attack"] in OF[key] and found["measure"] == measure and case in found["case"]
     ]
-    return max(own, key=lambda found: found["found"]["value"] - found["chance"], default=None)
+    return max(own, key=above, default=None)
 
 
 HEADLINES = (
     ("updates", "tokens recovered", "one record", "a record's tokens from a silo's own update"),
-    ("updates", "tokens recovered", "as the run sends", "the tokens of a whole round from one silo's update"),
-    ("updates", "tokens recovered", "one silo's text", "one silo's tokens from the sum of all"),
+    ("updates", "tokens recovered", "a round as sent", "the tokens of a whole round from one silo's update"),
+    ("updates", "tokens recovered", "one's text", "one silo's tokens from the sum of all"),
     ("membership", "AUC", "", "membership in the training text (AUC)"),
     ("canaries", "exposure in bits", "that were planted", "planted secrets (exposure in bits)"),
     ("origin", "given to the right silo", "", "the silo behind an update or a text"),
@@ -179,26 +199,25 @@ def cards(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def lead(result: Mapping[str, Any]) -> list[str]:
-    """Return the answer: what leaks beyond chance, and what does not."""
+    """Return the answer: what leaks beyond chance, what does not, and what stood in between."""
+    if not result["findings"]:
+        return ["Nothing could be attacked: the run has too little text for these attacks.", protection(result)]
     leaks, holds = list[str](), list[str]()
     for key, measure, case, title in HEADLINES:
         found = strongest(result, key, measure, case)
         if found:
             text = found_text(found)
-            (leaks if found["leaks"] else holds).append(f"{title}: {text['value']} (chance {text['chance']})")
-    sentences = [f"More than chance was had of {'; '.join(leaks)}." if leaks else "No attack got more than chance."]
-    if leaks and holds:
-        sentences.append(f"Not beyond chance: {'; '.join(holds)}.")
-    if not result["findings"]:
-        return ["Nothing could be attacked: the run has too little text for these attacks."]
-    sentences.append(protection(result))
-    return sentences
+            (leaks if found["leaks"] else holds).append(f"{title}, {text['value']} (chance {text['chance']})")
+    if not leaks:
+        return ["No attack got more than chance.", protection(result)]
+    said = [f"Attacks got more than chance in {len(leaks)} of {len(leaks) + len(holds)} respects: {'; '.join(leaks)}."]
+    return [*said, *([f"Not beyond chance: {'; '.join(holds)}."] if holds else []), protection(result)]
 
 
 def protection(result: Mapping[str, Any]) -> str:
     """Say what stood between the attacker and the text in this run."""
     if result["sum_only"]:
-        return "In this run the server sees the sum of the updates only; what is said of single updates is what that hides."
+        return "In this run the server sees the updates' sum only; what is said of single ones is what that hides."
     if not result["noise"]:
         return "In this run the server sees each silo's update, and no noise is on it."
     if result["at_server"]:
