@@ -2,12 +2,12 @@
 
     python -m benchmarks.privacy [--data FOLDER] [--only PART] [--again]
 
-FOLDER has `models/stories260k` and `medquad`. Each part is a file in `benchmarks/results/privacy`, so that what is there
-is not measured again (but with --again), and a run that was begun goes on.
+FOLDER has `models/stories260k` and `medquad`. Each part is a file in `benchmarks/results/privacy`, so that what is
+there is not measured again (but with --again), and a run that was begun goes on.
 
 *Inversion*: each of MedQuAD's nine institutions takes one step on one record of 24 tokens, with all weights of
-stories260k. The attacker has the update, the model and the length of the text, and names as many tokens as the text has
-different ones. `recall_plain` is the better attack's share of right ones, `recall_chance` that of naming the most common
+stories260k. The attacker has the update, the model and the length of the text, and names as many tokens as the text
+has different ones. `recall_plain` is the better attack's share of right ones, `recall_chance` that of naming the most common
 tokens of held-out text; `recall_sum` is what the sum of the nine gives for the text of one of them; `recall_dp` is with
 noise at the silo for epsilon = 8 at delta = 1e-5, all of it spent on this one step, which is the least noise that any
 run with that epsilon has. `recall_secagg` is null until updates are summed securely.
@@ -48,13 +48,14 @@ TRIALS, TOKENS = 45, 24
 CANARIES = {"count": 12, "repeat": 8}
 
 
-def recipe(data: Path, folder: Path, silos: Sequence[str], **tables: Any) -> dict[str, Any]:
+def recipe(source: Path, folder: Path, silos: Sequence[str], **tables: Any) -> dict[str, Any]:
     """Return a recipe that trains all weights of stories260k on some of MedQuAD's institutions."""
     files = {
-        name: {part: str(data / "medquad" / f"{name}.{part}.jsonl.gz") for part in ("train", "test")} for name in silos
+        name: {part: str(source / "medquad" / f"{name}.{part}.jsonl.gz") for part in ("train", "test")}
+        for name in silos
     }
     return {
-        "model": str(data / "models" / "stories260k"),
+        "model": str(source / "models" / "stories260k"),
         "device": "cpu",
         "dtype": "float32",
         "threads": torch.get_num_threads(),
