@@ -8,9 +8,9 @@ there is not measured again (but with --again), and a run that was begun goes on
 *Inversion*: each of MedQuAD's nine institutions takes one step on one record of 24 tokens, with all weights of
 stories260k. The attacker has the update, the model and the length of the text, and names as many tokens as the text
 has different ones. `recall_plain` is the better attack's share of right ones, `recall_chance` that of naming the most
-common tokens of held-out text; `recall_sum` is what the sum of the nine gives for the text of one of them; `recall_dp` is with
-noise at the silo for epsilon = 8 at delta = 1e-5, all of it spent on this one step, which is the least noise that any
-run with that epsilon has. `recall_secagg` is null until updates are summed securely.
+common tokens of held-out text; `recall_sum` is what the sum of the nine gives for the text of one of them;
+`recall_dp` is with noise at the silo for epsilon = 8 at delta = 1e-5, all of it spent on this one step, which is the
+least noise that any run with that epsilon has. `recall_secagg` is null until updates are summed securely.
 
 *Exposure*: three institutions with few rows learn them and random secrets, each planted eight times by the toss of a
 coin, without noise and with record-level noise for epsilon = 8 over the run. Exposure is in bits, 8 at most; a secret
