@@ -147,6 +147,32 @@ def export(
 
 
 @app.command()
+def audit(
+    folder: RunFolder,
+    attacks: Annotated[
+        list[str],
+        typer.Option("--attack", help="updates, membership, canaries or origin; by default all of them."),
+    ] = [],  # noqa: B006
+    trials: Annotated[int, typer.Option(help="Records that are to be read out of updates.", min=2)] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens that such a record is cut to.", min=4)] = 24,
+    rows: Annotated[int, typer.Option(help="Training and held-out texts each, for membership.", min=16)] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed finds the same.")] = 0,
+    show_text: Annotated[
+        bool, typer.Option("--show-text", help="Show records beside what was recovered of them.")
+    ] = False,
+) -> None:
+    """Attack a finished run: what of the silos' text can be had back from updates and model."""
+    from fedllm.app.audits.command import Wanted
+    from fedllm.app.audits.command import audit as attack
+    from fedllm.app.progress import Ui
+
+    page, sentences = attack(folder, Wanted(tuple(attacks), trials, tokens, rows, seed, show_text), Ui(out))
+    for sentence in sentences:
+        say(sentence)
+    say(f"Audit:   {page}")
+
+
+@app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report anew, also while it is running."""
     from fedllm.app.report.page import write_report

@@ -196,6 +196,17 @@ class Leaks(Closed):
     """Personal data by Presidio's names; if not said the usual ones, where presidio-analyzer is installed."""
 
 
+class Canaries(Closed):
+    """Random secrets that each silo plants among the rows it learns from, for `fedllm audit` to look for."""
+
+    count: int = Field(16, gt=0)
+    """Secrets that each silo makes; each is planted by the toss of a coin."""
+    repeat: int = Field(1, gt=0)
+    """Rows that tell each of them."""
+    folder: str = "canaries"
+    """Where a silo keeps its secrets, seen from data.root; they are sent to nobody."""
+
+
 class Recipe(Closed):
     """A whole run."""
 
@@ -224,6 +235,7 @@ class Recipe(Closed):
     leaks: Leaks = Leaks()
     privacy: Privacy = Privacy()
     secure: Secure | None = None
+    canaries: Canaries | None = None
     algorithm: dict[str, Any] = {"name": "averaging"}
     """Local training and an average, made of the tables below, or a method of its own."""
     task: dict[str, Any] = {"name": "instruct"}
@@ -269,6 +281,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "leaks": Leaks,
     "privacy": Privacy,
     "secure": Secure,
+    "canaries": Canaries,
 }
 """The closed tables of a recipe, and the whole."""
 

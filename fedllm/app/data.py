@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
@@ -17,6 +19,7 @@ from fedllm.app.rows import Rows, Shard, counted, named_rows, noting, rows_of, s
 from fedllm.core.errors import FedllmError
 from fedllm.core.seeds import generator
 from fedllm.core.types import Dataset
+from fedllm.silo.canaries import SENTENCE, Canary, canaries_in, planted_rows
 from fedllm.silo.cleaning import cleaned
 from fedllm.silo.examples import Joined, spread
 from fedllm.silo.leaks import strings
@@ -100,7 +103,30 @@ def split(
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
     train, test = limited(train, data.limit_train, data, recipe.seed), limited(test, data.limit_test, data, recipe.seed)
+    if recipe.canaries:
+        planted = planted_rows(canaries_of(name, recipe), recipe.canaries.repeat, canary_columns(recipe))
+        train = spooled(chain(train, planted))
+        counts[f"{len(steps)}.canaries.made"] = recipe.canaries.count
     return Shard(train, test, dict(counts))
+
+
+def canaries_of(name: str, recipe: Recipe) -> list[Canary]:
+    """Return the canaries of a silo of this machine, from its own folder."""
+    if recipe.canaries is None:
+        return []
+    folder = Path(recipe.data.root) / Path(recipe.canaries.folder).expanduser()
+    return canaries_in(folder / f"{quote(name, safe='')}.jsonl", recipe.canaries.count)
+
+
+def canary_columns(recipe: Recipe) -> dict[str, str]:
+    """Return what a canary's row is made of, by the recipe's task."""
+    task = recipe.task
+    if task["name"] == "instruct":
+        columns = {str(task.get("prompt", "prompt")): SENTENCE.prompt}
+        return {**columns, str(task.get("response", "response")): SENTENCE.response}
+    if task["name"] == "causal":
+        return {str(task.get("text", "text")): SENTENCE.response}
+    raise FedllmError(f"[canaries] tells secrets in text, and task '{task['name']}' writes none; take the table out.")
 
 
 def limited(rows: Rows, limit: int, data: Data, seed: int) -> Rows:

@@ -21,8 +21,9 @@ ALLOWED = {
     "runtime": {"runtime", "core"},
     "algorithms": {"algorithms", "core", "silo", "exchange"},
     "evaluation": {"evaluation", "core", "silo", "exchange"},
+    "audit": {"audit", "core", "silo", "exchange", "evaluation"},
     "federation": {"federation", "core", "runtime", ""},
-    "app": {"app", "core", "silo", "exchange", "runtime", "algorithms", "evaluation", "federation", ""},
+    "app": {"app", "core", "silo", "exchange", "runtime", "algorithms", "evaluation", "audit", "federation", ""},
 }
 """Folders of the package that a folder may import; the empty one is the package itself."""
 

@@ -1,0 +1,1 @@
+"""`fedllm audit`: attacks on a run that was made here, with its own model and text."""
