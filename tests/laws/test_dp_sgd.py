@@ -10,7 +10,7 @@ import torch
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
-from fedllm.silo.dp_sgd import Guard, clipped_gradients, dp_sgd, slack, summed
+from fedllm.silo.dp_sgd import Guard, Room, clipped_gradients, dp_sgd, slack, summed
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.tasks import instruct
 from fedllm.silo.trainables import full, ia3, lora, trained, write
@@ -37,9 +37,7 @@ def model_of(trainable):
 def gradients(model, rows, clip, width):
     model.train()
     with ExitStack() as stack:
-        found = clipped_gradients(model, trained(model), causal_loss(), PAD, clip, width, stack)
-        parts = [found(rows[first : first + width]) for first in range(0, len(rows), width)]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        return clipped_gradients(model, trained(model), causal_loss(), PAD, clip, Room(width), stack)(rows)
 
 
 def by_hand(model, rows, clip):
@@ -87,8 +85,8 @@ def test_no_record_moves_the_sum_by_more_than_the_clip(width):
 
 def test_a_gradient_that_is_not_finite_counts_as_nothing():
     one = {"a": torch.tensor([[3.0, 4.0], [math.nan, 1.0], [math.inf, 0.0]]), "b": torch.tensor([[0.0], [1.0], [1.0]])}
-    assert torch.equal(summed([one], 1.0)["a"], torch.tensor([0.6, 0.8]))
-    assert summed([one], 1.0)["b"].tolist() == [0.0]
+    assert torch.equal(summed(one, 1.0)["a"], torch.tensor([0.6, 0.8]))
+    assert summed(one, 1.0)["b"].tolist() == [0.0]
 
 
 def work(**settings):
