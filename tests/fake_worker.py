@@ -23,7 +23,7 @@ def message(head, payload=b"\0\0\x80\x3f"):
 
 def work(asked):
     head, scalars = asked["head"], asked["head"]["scalars"]
-    tell = {key: value for key, value in scalars.items() if key in ("tokens", "loss")}
+    tell = {key: value for key, value in scalars.items() if key in ("tokens", "read", "loss")}
     say(progress={"step": 1, "steps": 2, "seconds": 0.5, "text": "a patient's name", **tell})
     end = time.monotonic() + scalars.get("slow", 0)
     while time.monotonic() < end:

@@ -12,7 +12,7 @@ from fedllm.algorithms.method import Ground, Method
 from fedllm.app import privacy
 from fedllm.app.catalog import CATALOG, SEND_PROMPTS, make
 from fedllm.app.config import Recipe
-from fedllm.app.data import Silos, open_shards
+from fedllm.app.data import Silos, open_named
 from fedllm.app.quiet import quiet_libraries
 from fedllm.app.ranks import Ranks, check_processes
 from fedllm.app.rows import NOWHERE
@@ -27,6 +27,7 @@ from fedllm.app.voices import (
     speaker_for,
     words_task,
 )
+from fedllm.app.without import by_record, check_without
 from fedllm.app.work import check_kept, make_work, stays_text
 from fedllm.core.errors import FedllmError
 from fedllm.core.noise import fresh_secret, key_of
@@ -137,6 +138,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
             "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, "
             "or drop duplicates inside each silo by [[cleaning]]."
         )
+    check_without(recipe)
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     endpoint = endpoint_of(recipe)
@@ -144,7 +146,9 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     tokenizer = None if endpoint else load_tokenizer(recipe.model)
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
     trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable, tokenizer=tokenizer)
-    shards = {name: NOWHERE for name in elsewhere} if elsewhere else open_shards(recipe)
+    named = {name: NOWHERE for name in elsewhere} if elsewhere else open_named(recipe)
+    gone = set(recipe.without.silos)
+    shards = {name: shard for name, shard in named.items() if name not in gone}
     silos = Silos(shards, task, tested=recipe.evaluate.examples, asking=asked)
     if not elsewhere:
         silos.check()
@@ -158,7 +162,9 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     chosen = (
         derive(int.from_bytes(key_of(secret, "select")[:7]), "silos") if privacy.is_private(recipe) else recipe.seed
     )
-    select = make("select", recipe.select, silos.names, seed=chosen)
+    # Who is left out is drawn and not asked: the others' turns are as they were.
+    drawn: Select = make("select", recipe.select, list(named), seed=chosen)
+    select = (lambda number: [name for name in drawn(number) if name not in gone]) if gone else drawn
 
     if not elsewhere:
         check_processes(recipe, device)
@@ -220,7 +226,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
             optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
             share=share._replace(name=stays_text(share, own)),
             transforms=on_the_way,
-            middleware=[*secure, *([availability(there, derive(recipe.seed, "availability"))] if there else [])],
+            middleware=[
+                *secure,
+                *by_record(recipe),
+                *([availability(there, derive(recipe.seed, "availability"))] if there else []),
+            ],
             probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
         )
     )

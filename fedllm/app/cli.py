@@ -173,6 +173,52 @@ def audit(
 
 
 @app.command()
+def unlearn(
+    folder: RunFolder,
+    silo: Annotated[str, typer.Option("--silo", help="The silo that is to be forgotten.", show_default=False)],
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="Only these rows of it: a file in the silo's own form.")
+    ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Approximately (FedEraser): faster, and not proven.")
+    ] = False,
+    ratio: Annotated[float, typer.Option(help="Calibrated: share of the local steps.")] = 0.5,
+    interval: Annotated[int, typer.Option(help="Calibrated: rounds for which one is replayed.")] = 2,
+    key: Annotated[Path | None, typer.Option(help="An Ed25519 key (PEM) that signs the certificate.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A run without the silo or rows from the start, to compare with.")
+    ] = None,
+    out_folder: Out = None,
+) -> None:
+    """Replay a finished run without a silo, or without rows of it, and certify what is left of them."""
+    from fedllm.app.certificate import private_key
+    from fedllm.app.forgotten import certify, lines
+    from fedllm.app.progress import Ui
+    from fedllm.app.unlearn import Wish
+    from fedllm.app.unlearn import unlearn as forget
+
+    wish, signer = Wish(silo, rows, calibrated, ratio, interval), private_key(key) if key else None
+    replay = forget(folder, wish, out_folder, Ui(out))
+    with Ui(out) as ui:
+        path = certify(folder, replay, wish, signer, against, ui)
+    close(replay.folder)
+    for line in lines(path):
+        say(line)
+
+
+@app.command()
+def certificate(
+    path: Annotated[Path, typer.Argument(help="A certificate of unlearning.", show_default=False)],
+    key: Annotated[Path, typer.Option("--key", help="The signer's public key (PEM).", show_default=False)],
+) -> None:
+    """Check who signed a certificate, and that the files beside it are those that it is about."""
+    from fedllm.app.certificate import checked
+
+    for line in checked(path, key):
+        say(line)
+
+
+@app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report anew, also while it is running."""
     from fedllm.app.report.page import write_report

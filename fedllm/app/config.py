@@ -153,6 +153,25 @@ class Availability(Closed):
     silos: dict[str, dict[str, Any]] = {}
 
 
+class Keep(Closed):
+    """What a run keeps of its rounds, so that a silo or rows can be forgotten later without all of them anew."""
+
+    checkpoints: int = Field(2, ge=0)
+    """The last so many (0: all); forgetting then begins before the first round that has to be forgotten."""
+    norms: bool = False
+    """How long each silo's update was in each round, which calibrated forgetting needs; the server then keeps that."""
+
+
+class Without(Closed):
+    """What a run leaves out as if it had never been there; `fedllm unlearn` writes it."""
+
+    silos: list[str] = []
+    rows: dict[str, list[str]] = {}
+    """Rows of a silo by their hashes (`silo.forget.row_key`)."""
+    norms: dict[str, list[float]] = {}
+    """Norms to which the silos' updates are scaled, one a round: see `exchange.calibrate`."""
+
+
 class Federation(Closed):
     """How a run between machines waits; a run on one machine does not look at it."""
 
@@ -233,6 +252,8 @@ class Recipe(Closed):
     duplicates: Duplicates | None = None
     endpoint: EndpointTable | None = None
     leaks: Leaks = Leaks()
+    keep: Keep = Keep()
+    without: Without = Without()
     privacy: Privacy = Privacy()
     secure: Secure | None = None
     canaries: Canaries | None = None
@@ -279,6 +300,8 @@ TABLES: dict[str, type[BaseModel]] = {
     "duplicates": Duplicates,
     "endpoint": EndpointTable,
     "leaks": Leaks,
+    "keep": Keep,
+    "without": Without,
     "privacy": Privacy,
     "secure": Secure,
     "canaries": Canaries,

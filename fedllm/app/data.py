@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -15,13 +15,14 @@ import torch
 from fedllm.app.catalog import make
 from fedllm.app.config import Data, Recipe, SiloFiles
 from fedllm.app.duplicates import apart
-from fedllm.app.rows import Rows, Shard, counted, named_rows, noting, rows_of, some
-from fedllm.core.errors import FedllmError
+from fedllm.app.rows import NOWHERE, Rows, Shard, counted, named_rows, noting, rows_of, some
+from fedllm.core.errors import FedllmError, nearest
 from fedllm.core.seeds import generator
 from fedllm.core.types import Dataset
 from fedllm.silo.canaries import SENTENCE, Canary, canaries_in, planted_rows
 from fedllm.silo.cleaning import cleaned
 from fedllm.silo.examples import Joined, spread
+from fedllm.silo.forget import forgetting
 from fedllm.silo.leaks import strings
 from fedllm.silo.questions import Asking
 from fedllm.silo.readers import Row
@@ -38,8 +39,25 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def open_shards(recipe: Recipe) -> dict[str, Shard]:
-    """Read all silos of a recipe, each with text to learn from and text held out."""
-    root, bad = Path(recipe.data.root), recipe.data.not_utf8
+    """Read all silos of a recipe but those that it leaves out, each with text to learn from and text held out."""
+    return {name: shard for name, shard in open_named(recipe).items() if name not in recipe.without.silos}
+
+
+def open_named(recipe: Recipe) -> dict[str, Shard]:
+    """Read all silos of a recipe; of those that it leaves out there is the name, and their files are not opened."""
+    root, gone = Path(recipe.data.root), set(recipe.without.silos)
+    shards = opened(recipe, root, gone)
+    if odd := sorted((gone | recipe.without.rows.keys()) - shards.keys()):
+        raise FedllmError(f"without: there is no silo '{odd[0]}'; {nearest(odd[0], shards)}")
+    if gone >= shards.keys():
+        raise FedllmError("without.silos leaves out all silos, so nobody is left to learn; take one of them out.")
+    left = apart({name: shard for name, shard in shards.items() if name not in gone}, recipe)
+    return {name: left.get(name, shard) for name, shard in shards.items()}
+
+
+def opened(recipe: Recipe, root: Path, gone: Collection[str]) -> dict[str, Shard]:
+    """Read the silos of a recipe; of those that are gone nothing is read, or kept."""
+    bad = recipe.data.not_utf8
     if bool(recipe.silos) == bool(recipe.partition):
         raise FedllmError(
             "A recipe needs either [silos] (name = file) or [partition] (one source, split into silos); "
@@ -54,10 +72,13 @@ def open_shards(recipe: Recipe) -> dict[str, Shard]:
         parts = make("partition", settings, rows, seed=recipe.seed)
         # Before the split they are no silo's; they are told of the first.
         each = {name: Counter[str]() for name in parts} | {next(iter(parts)): counts}
-        shards = {name: split(name, part, None, recipe, Counter(each[name])) for name, part in parts.items()}
-    else:
-        shards = {name: open_silo(name, files, recipe, root) for name, files in recipe.silos.items()}
-    return apart(shards, recipe)
+        return {
+            name: NOWHERE if name in gone else split(name, part, None, recipe, Counter(each[name]))
+            for name, part in parts.items()
+        }
+    return {
+        name: NOWHERE if name in gone else open_silo(name, files, recipe, root) for name, files in recipe.silos.items()
+    }
 
 
 def open_silo(name: str, files: SiloFiles, recipe: Recipe, root: Path) -> Shard:
@@ -107,6 +128,13 @@ def split(
         planted = planted_rows(canaries_of(name, recipe), recipe.canaries.repeat, canary_columns(recipe))
         train = spooled(chain(train, planted))
         counts[f"{len(steps)}.canaries.made"] = recipe.canaries.count
+    if keys := recipe.without.rows.get(name):
+        train, test = forgetting(train, keys), forgetting(test, keys)
+        if not train or not test:
+            raise FedllmError(
+                f"without.rows leaves silo '{name}' no row to {'learn from' if not train else 'test with'}; leave out "
+                "the whole silo by without.silos."
+            )
     return Shard(train, test, dict(counts))
 
 

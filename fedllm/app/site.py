@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.app.catalog import CATALOG, SERVER_FILES
-from fedllm.app.config import Recipe, SiloFiles, read_recipe
+from fedllm.app.config import Recipe, SiloFiles, Without, read_recipe
 from fedllm.app.privacy import AT_SERVER
 from fedllm.core.errors import FedllmError
 from fedllm.federation.policy import Site, read_site
@@ -74,6 +74,9 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         "model": str(here / Path(model.path).expanduser()) if model and model.path else asked["model"],
     }
     recipe = read_recipe(asked).model_copy(update=own)
+    # The other silos are none of its matters, and who is left out is not asked.
+    rows = {name: keys for name, keys in recipe.without.rows.items() if name == site.name}
+    recipe = recipe.model_copy(update={"without": Without(rows=rows)})
     if recipe.endpoint:
         # Where its text goes is the site's to say, whatever the recipe says.
         url = model.url if model else None

@@ -98,7 +98,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     }
     append_event(folder, event)
     begun = clock()
-    save_checkpoint(folder, Checkpoint(after, dict(nodes.memory)))
+    save_checkpoint(folder, Checkpoint(after, dict(nodes.memory)), recipe.keep.checkpoints)
     ui.say(round_line(event, recipe.rounds))
     return after, clock() - begun
 

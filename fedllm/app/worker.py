@@ -186,11 +186,17 @@ def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
 
 
 def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
-    """Return what hears of every step and says, not too often, how far the work is."""
+    """Return what hears of every step and says, not too often, how far the work is.
+
+    How much was `read` stays at the site where an update has noise on it and the count of its `tokens` has none.
+    """
+    from fedllm.app.privacy import hides_records, trusts_nobody
+
     begun = told = time.perf_counter()
     step, tokens = 0, 0
     data = parts.silos.examples(parts.silos.names[0])
     per_round = parts.steps(data)
+    counted = "read" if hides_records(parts.recipe) or trusts_nobody(parts.recipe) else "tokens"
     steps = {"train": per_round, "alone": per_round * int(request.scalars.get("rounds", 1))}.get(request.op, 0)
 
     def tick(count: int) -> None:
@@ -205,7 +211,7 @@ def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
                         "op": request.op,
                         "step": step,
                         "steps": steps,
-                        "tokens": tokens,
+                        counted: tokens,
                         "seconds": round(now - begun, 3),
                     }
                 }

@@ -30,6 +30,9 @@ class Presence(NamedTuple):
         return self.first <= number <= (self.last or number) and not gone
 
 
+AWAY = "it is away"
+"""Why a silo that was not reached sent nothing."""
+
 KEYS = {"from": "first", "until": "last", "away": "away", "drop": "drop", "slow": "slow"}
 """What a recipe says of a silo -> the field."""
 
@@ -55,7 +58,7 @@ def availability(silos: Mapping[str, Presence], seed: int) -> Middleware:
     def lost(number: int, name: str) -> str | None:
         silo = silos.get(name, Presence())
         if not silo.there(number + 1):
-            return "it is away"
+            return AWAY
         return "its reply was lost" if derive(seed, "lost", name, number) < silo.drop * 2**63 else None
 
     def wrapped(exchange: Exchange) -> Exchange:

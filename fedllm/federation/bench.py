@@ -20,7 +20,8 @@ QUEUED = 8
 REMEMBERED = 64
 """Failed pieces of work of which the reason is still told."""
 
-NUMBERS = ("step", "steps", "tokens", "seconds", "loss")
+NUMBERS = ("step", "steps", "tokens", "read", "seconds", "loss")
+"""What a worker says of its work; tokens that are only `read` stay at the site."""
 LARGEST = 2.0**53
 
 log = logging.getLogger("fedllm.site")

@@ -76,7 +76,12 @@ def found_in_texts(scalars: Scalars) -> dict[str, int]:
 
 def tokens_read(job: Job, scalars: Scalars) -> int:
     """Return the tokens that a job read: what its reply says, or how far it had come."""
-    said = (job.progress.get("tokens", 0), scalars.get("tokens", 0), scalars.get("scored", 0))
+    said = (
+        job.progress.get("tokens", 0),
+        job.progress.get("read", 0),
+        scalars.get("tokens", 0),
+        scalars.get("scored", 0),
+    )
     return int(max(value for value in (0, *said) if math.isfinite(value)))
 
 
@@ -84,5 +89,5 @@ def progress(job: Job, policy: Policy) -> Mapping[str, Any]:
     """Return how far a job is, without what may not leave."""
     hidden = {"tokens": "tokens", "loss": "train_loss"}
     told = {"step": 0, "steps": 0, "seconds": 0.0, **job.progress}
-    shown = {key: value for key, value in told.items() if hidden.get(key) in (None, *policy.metrics)}
+    shown = {key: told[key] for key in told if key != "read" and hidden.get(key) in (None, *policy.metrics)}
     return {"round": job.request.round, "op": job.request.op, **shown}

@@ -57,8 +57,8 @@ def locked(folder: Path) -> Iterator[None]:
         raise FedllmError(f"Another process works on the run '{folder}'; wait for it or stop it first.") from None
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint by rename, then drop those that are too old."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, most: int = KEPT) -> None:
+    """Write a checkpoint by rename, then drop all but the last `most` (0: none)."""
     state = checkpoint.state
     tensors = {
         **under("params", state.params),
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     place.mkdir(exist_ok=True)
     with replacing(place / f"round-{state.round:06d}.safetensors") as beside:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, beside, metadata)
-    for old in sorted(place.glob("round-*.safetensors"))[:-KEPT]:
+    for old in sorted(place.glob("round-*.safetensors"))[:-most]:
         old.unlink()
 
 

@@ -5,8 +5,9 @@ clipped on its own, and noise is added to the sum, which is divided by the numbe
 What leaves the silo has the noise on it, so nobody outside needs to be trusted with a record. How many records the
 silo has is taken as public.
 
-Each record's gradient is exact. Where only LoRA is trained they come many at a time: as a cohort of clients with one
-record each, so that the shared matmuls stay large (`silo/cohort.py`); else one after the other.
+Each record's gradient is exact. Where only LoRA is trained in float32 they come many at a time: as a cohort of clients
+with one record each, so that the shared matmuls stay large (`silo/cohort.py`); else one after the other. A step's
+records are computed in order of their length, so that few of them are padded.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fedllm.silo.fit import seeded
 from fedllm.silo.inner import Inner, inner_optimiser, set_rate
 from fedllm.silo.objective import Objective
 from fedllm.silo.trainables import trained, write
+from fedllm.silo.width import pass_tokens
 
 
 class Guard(NamedTuple):
@@ -46,8 +48,17 @@ ROOM = 4.0
 """Where noise is added to the sum of all silos: the norm that one silo's gradients together may have, over
 clip * batch_size. To bring a longer one down to it moves no record's part further."""
 
+
+class Room(NamedTuple):
+    """How much is computed at once: so many records, padded to so many tokens."""
+
+    records: int = 64
+    """Their gradients are added in float32 before they go into float64, so there is an end to it."""
+    tokens: int = 1 << 30
+
+
 Gradients = Callable[[Sequence[Example]], dict[str, Tensor]]
-"""From up to `micro_batch` records to the sum of their clipped gradients."""
+"""From any number of records to the sum of their clipped gradients, in float64."""
 
 
 def dp_sgd(
@@ -61,7 +72,7 @@ def dp_sgd(
     steps: int = 10,
     rate: float | None = None,
     batch_size: int = 32,
-    micro_batch: int = 8,
+    micro_batch: int | None = None,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     optimiser: Literal["adamw", "sgd"] = "adamw",
@@ -76,7 +87,9 @@ def dp_sgd(
     Without a rate it is `batch_size` over the silo's number of records, so that a silo with more of them pays less
     for each. A record's loss is the mean over its scored tokens; its gradient is scaled down to an L2 norm of `clip`,
     and the standard deviation of the noise on the sum is `noise` * `clip`, or what privacy.target_epsilon asks for.
-    `micro_batch` records are computed at a time. The optimiser starts afresh every round.
+    `micro_batch` records are computed at a time, or as many of like length as this kind of device computes best. Of a
+    model in bfloat16 they are computed one by one: beside others a record's gradient would round otherwise, by more
+    than the noise allows for. The optimiser starts afresh every round.
 
     Nothing but the update leaves: no loss and no count of tokens, which would have no noise on them.
 
@@ -104,27 +117,24 @@ def dp_sgd(
         secret = key_of(guard.secret, "records", silo.seed, request.round, digest(request.tensors))
         stepping = inner_optimiser(params, inner, {})
         with ExitStack() as stack, seeded(derive(silo.seed, "fit", request.round), device):
-            gradients = clipped_gradients(silo.model, params, objective, pad_id, clip, micro_batch, stack)
+            room = Room(tokens=pass_tokens(silo.model, device)) if micro_batch is None else Room(micro_batch)
+            gradients = clipped_gradients(silo.model, params, objective, pad_id, clip, room, stack)
             if noise_in == "sum":
-                drawn = uniform(key_of(secret, "drawn", 0), len(records)) < chance
-                rows = [records[place] for place in drawn.nonzero().flatten().tolist()]
-                update = short_sum(added_up(gradients, rows, params, micro_batch), ROOM * clip * batch_size)
-                silo.tick(0)
+                rows = drawn(records, chance, key_of(secret, "drawn", 0))
+                update = short_sum(gradients(rows), ROOM * clip * batch_size)
+                silo.tick(tokens_of(rows))
                 scaled = {name: value * (learning_rate / batch_size) for name, value in update.items()}
                 home = {name: value.to(request.tensors[name].device) for name, value in scaled.items()}
                 return Reply(request.client, request.round, home, 1.0), {}
             for step in range(steps):
                 set_rate(stepping, inner, request.round * steps + step, (rounds or 0) * steps)
-                drawn = uniform(key_of(secret, "drawn", step), len(records)) < chance
-                rows = [records[place] for place in drawn.nonzero().flatten().tolist()]
-                total = added_up(gradients, rows, params, micro_batch)
-                noised = with_noise(
-                    {name: value.float() for name, value in total.items()}, deviation, key_of(secret, "noise", step)
-                )
+                rows = drawn(records, chance, key_of(secret, "drawn", step))
+                total = {name: value.float() for name, value in gradients(rows).items()}
+                noised = with_noise(total, deviation, key_of(secret, "noise", step))
                 for name, value in params.items():
                     value.grad = noised[name] / expected
                 stepping.step()
-                silo.tick(0)
+                silo.tick(tokens_of(rows))
         for value in params.values():
             value.grad = None
         update = subtract(start, {name: value.detach() for name, value in params.items()})
@@ -137,15 +147,14 @@ def dp_sgd(
     return Work(client, None, lambda data: steps, claim)
 
 
-def added_up(
-    gradients: Gradients, rows: Sequence[Example], params: Mapping[str, Tensor], micro_batch: int
-) -> dict[str, Tensor]:
-    """Return the sum of the records' clipped gradients, in float64."""
-    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
-    for first in range(0, len(rows), micro_batch):
-        for name, part in gradients(rows[first : first + micro_batch]).items():
-            total[name] += part
-    return total
+def drawn(records: Sequence[Example], chance: float, key: bytes) -> list[Example]:
+    """Return the records that are drawn, each with the same chance."""
+    return [records[place] for place in (uniform(key, len(records)) < chance).nonzero().flatten().tolist()]
+
+
+def tokens_of(rows: Sequence[Example]) -> int:
+    """Return how many tokens some records have."""
+    return sum(len(row.input_ids) for row in rows)
 
 
 def short_sum(total: Tensors, largest: float) -> dict[str, Tensor]:
@@ -178,45 +187,58 @@ def clipped_gradients(
     objective: Objective,
     pad_id: int,
     clip: float,
-    width: int,
+    room: Room,
     stack: ExitStack,
 ) -> Gradients:
-    """Return what computes clipped gradients, `width` at a time where the model is plain LoRA, else one by one."""
+    """Return what computes clipped gradients: many at a time where the model is plain LoRA in float32, else one by one.
+
+    Until `stack` is closed the model may have other layers in place of its own.
+    """
     device = next(iter(params.values())).device
-    if not stackable(model) or width == 1:
-        return lambda rows: summed(one_by_one(model, params, objective, pad_id, rows, device), clip)
-    many = stack.enter_context(stacked(model, {name: value.detach()[None].repeat(width, *[1] * value.dim())
-                                               for name, value in params.items()}))  # fmt: skip
+    many: Mapping[str, nn.Parameter] = params
+    if alone := room.records == 1 or not stackable(model) or not all_float32(model):
+        room = Room(1)
+    else:
+        many = stack.enter_context(stacked(model, {name: value.detach()[None] for name, value in params.items()}))
 
     def gradients(rows: Sequence[Example]) -> dict[str, Tensor]:
-        # Rows are grouped by client, so each of them needs one; the last ones are repeated and left out of the sum.
-        filled = [*rows, *[rows[-1]] * (width - len(rows))]
-        batch = collate(filled, pad_id, device)
-        for name, value in many.items():
-            value.grad = None
-            value.data.copy_(params[name].detach())
-        (objective(model, batch) / batch.tokens_B.clamp(min=1)).sum().backward()
-        each = {name: grad_of(value)[: len(rows)] for name, value in many.items()}
-        return summed([each], clip)
+        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
+        for some in together(rows, room):
+            for name, value in many.items():
+                value.grad = None
+                if not alone:
+                    # All records see the same weights: one copy is enough, and each has a gradient of its own.
+                    value.data = params[name].detach().expand(len(some), *params[name].shape)
+            batch = collate(some, pad_id, device)
+            (objective(model, batch) / batch.tokens_B.clamp(min=1)).sum().backward()
+            each = {name: grad_of(value)[None] if alone else grad_of(value) for name, value in many.items()}
+            for name, part in summed(each, clip).items():
+                total[name] += part
+        return total
 
     return gradients
 
 
-def one_by_one(
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    objective: Objective,
-    pad_id: int,
-    rows: Sequence[Example],
-    device: torch.device,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the gradient of each record, with a leading dimension of 1."""
-    for row in rows:
-        for value in params.values():
-            value.grad = None
-        batch = collate([row], pad_id, device)
-        (objective(model, batch) / batch.tokens_B.clamp(min=1)).sum().backward()
-        yield {name: grad_of(value)[None] for name, value in params.items()}
+def all_float32(model: nn.Module) -> bool:
+    """Say whether a model computes in float32 throughout."""
+    return all(value.dtype == torch.float32 for value in model.parameters())
+
+
+def together(rows: Sequence[Example], room: Room) -> Iterator[list[Example]]:
+    """Yield rows that are computed at once, the longest first, so that rows of like length come together.
+
+    >>> sizes = [9, 2, 8, 3]
+    >>> [[len(row.input_ids) for row in some] for some in together([Example([0] * n, []) for n in sizes], Room(3, 18))]
+    [[9, 8], [3, 2]]
+    """
+    some: list[Example] = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
+        if some and (len(some) == room.records or (len(some) + 1) * len(some[0].input_ids) > room.tokens):
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some
 
 
 def grad_of(value: nn.Parameter) -> Tensor:
@@ -224,21 +246,14 @@ def grad_of(value: nn.Parameter) -> Tensor:
     return torch.zeros_like(value) if value.grad is None else value.grad
 
 
-def summed(groups: Sequence[dict[str, Tensor]] | Iterator[dict[str, Tensor]], clip: float) -> dict[str, Tensor]:
-    """Return the sum of gradients, each scaled down to an L2 norm of `clip`; one that is not finite counts as 0."""
-    total: dict[str, Tensor] = {}
-    for each in groups:
-        norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in each.values()]
-        norm_C = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        scale_C = (clip / norm_C.clamp(min=1e-12)).clamp(max=1.0)
-        whole = bool(norm_C.isfinite().all())
-        for name, grad in each.items():
-            scaled = grad * scale_C.view(-1, *[1] * (grad.dim() - 1))
-            if not whole:
-                scaled = scaled[norm_C.isfinite()]
-            part = scaled.sum(0)
-            total[name] = total[name] + part if name in total else part
-    return total
+def summed(each: Tensors, clip: float) -> dict[str, Tensor]:
+    """Return the sum of gradients [C, ...], each scaled down to an L2 norm of `clip`; one that is not finite is 0."""
+    norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in each.values()]
+    norm_C = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    scale_C, whole_C = (clip / norm_C.clamp(min=1e-12)).clamp(max=1.0), norm_C.isfinite()
+    if not bool(whole_C.all()):
+        each, scale_C = {name: grad[whole_C] for name, grad in each.items()}, scale_C[whole_C]
+    return {name: (scale_C @ grad.flatten(1)).view(grad.shape[1:]) for name, grad in each.items()}
 
 
 def require_one_step(steps: int, schedule: Shape, weight_decay: float) -> None:
@@ -256,11 +271,11 @@ def require_one_step(steps: int, schedule: Shape, weight_decay: float) -> None:
 
 
 def require_sense(
-    clip: float, noise: float | None, steps: int, rate: float | None, batch_size: int, micro_batch: int
+    clip: float, noise: float | None, steps: int, rate: float | None, batch_size: int, micro_batch: int | None
 ) -> None:
     """Raise for settings that cannot be meant."""
     for key, value in {"clip": clip, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch}.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise FedllmError(f"client.{key} is {value:g}; it must be above 0.")
     if rate is not None and not 0 < rate <= 1:
         raise FedllmError(f"client.rate is {rate:g}; it must be above 0 and at most 1.")

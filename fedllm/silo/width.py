@@ -21,6 +21,15 @@ def cohort_width(model: Any, rows: int, tokens: int, device: torch.device) -> in
     return max(1, limit // max(1, rows * tokens))
 
 
+def pass_tokens(model: Any, device: torch.device) -> int:
+    """Return how many tokens are computed best at once: always the same on a machine, whatever else it is doing."""
+    limit = FAVOURABLE_TOKENS.get(device.type, 1)
+    if device.type == "cuda":
+        # Weights in float32 keep twice as much of a token.
+        limit = min(limit, fitting_tokens(model, torch.cuda.get_device_properties(device).total_memory // 2))
+    return limit
+
+
 def fitting_tokens(model: Any, free: int) -> int:
     """Return how many tokens a batch may have in half of `free` bytes.
 

@@ -43,6 +43,10 @@ def test_sites_add_noise_count_it_and_refuse_what_goes_too_far(place, recipe, tm
         own = read_ledger(tmp_path / name / "state" / "ledger.jsonl")
         assert {(each.round, each.unit) for each in own} == {(n, u) for n in (1, 2, 3) for u in ("silo", "record")}
         assert (tmp_path / name / "state" / "secret").stat().st_size == 32
+        # What was read in a round counts at the site, and how much that was is not told.
+        audit = [json.loads(line) for line in (tmp_path / name / "state" / "audit.jsonl").read_text().splitlines()]
+        read = [each for each in audit if each["what"] == "reply" and each["op"] == "train"]
+        assert sum(each["tokens"] for each in read) > 0 and all("tokens" not in each["scalars"] for each in read)
     claims = {each["unit"]: each for each in json.loads((folder / "metrics.json").read_text())["privacy"]["claims"]}
     assert claims["record"]["silos"] == dict.fromkeys("ab", epsilon([whole[0]], 1e-5))
     assert claims["silo"]["epsilon"] == epsilon([Mechanism(2.0, times=3)], 1e-5)

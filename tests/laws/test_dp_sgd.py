@@ -10,7 +10,8 @@ import torch
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
-from fedllm.silo.dp_sgd import Guard, clipped_gradients, dp_sgd, slack, summed
+from fedllm.silo.dp_sgd import Guard, Room, clipped_gradients, dp_sgd, slack, summed, together
+from fedllm.silo.examples import Example
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.tasks import instruct
 from fedllm.silo.trainables import full, ia3, lora, trained, write
@@ -34,12 +35,19 @@ def model_of(trainable):
     return model
 
 
+def short_model(trainable):
+    """The base in bfloat16, what is trained in float32."""
+    full_length = model_of(trainable)
+    kept = {name: value.detach().clone() for name, value in trained(full_length).items()}
+    model = trainable.attach(tiny_model(len(TOKENIZER)).bfloat16(), 0)
+    write(trained(model), kept)
+    return model
+
+
 def gradients(model, rows, clip, width):
     model.train()
     with ExitStack() as stack:
-        found = clipped_gradients(model, trained(model), causal_loss(), PAD, clip, width, stack)
-        parts = [found(rows[first : first + width]) for first in range(0, len(rows), width)]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        return clipped_gradients(model, trained(model), causal_loss(), PAD, clip, Room(width), stack)(rows)
 
 
 def by_hand(model, rows, clip):
@@ -85,10 +93,45 @@ def test_no_record_moves_the_sum_by_more_than_the_clip(width):
         assert 0 < float((whole - rest).norm()) <= clip * slack(len(ROWS))
 
 
+def test_in_bfloat16_a_record_moves_the_sum_by_its_own_gradient_and_nothing_else():
+    """Beside others it would round otherwise: each record is computed alone, whatever micro_batch says."""
+    exact = by_hand(model_of(lora(4)), ROWS, 0.05)
+    model, clip = short_model(lora(4)), 0.05
+    assert {value.dtype for value in trained(model).values()} == {torch.float32}
+    whole = flat(gradients(model, ROWS, clip, 4))
+    assert 1e-6 < float((whole - exact).norm() / exact.norm()) < 0.05
+    for left in range(len(ROWS)):
+        rest = flat(gradients(model, ROWS[:left] + ROWS[left + 1 :], clip, 4))
+        own = flat(gradients(model, ROWS[left : left + 1], clip, 4))
+        assert float((whole - rest - own).norm()) < 1e-15 and float(own.norm()) <= clip * slack(0)
+
+
+def test_a_model_in_bfloat16_trains_with_noise():
+    model = short_model(lora(4))
+    reply = answer(model, steps=2, rate=0.5, noise=1.0)
+    assert {value.dtype for value in reply.tensors.values()} == {torch.float32}
+    assert torch.equal(flat(reply.tensors), flat(answer(model, steps=2, rate=0.5, noise=1.0).tensors))
+
+
+def test_records_of_like_length_are_computed_together():
+    rows = [Example([0] * length, []) for length in (3, 9, 2, 8, 1)]
+    grouped = [[len(row.input_ids) for row in some] for some in together(rows, Room(2, 100))]
+    assert grouped == [[9, 8], [3, 2], [1]]
+    assert [len(some) for some in together(rows, Room(9, 9))] == [1, 1, 3]
+    assert list(together([], Room(2))) == []
+
+
+def test_the_node_is_told_the_tokens_of_every_step():
+    told, model = list[int](), model_of(lora(4))
+    silo = Silo("a", model, {"train": ROWS, "test": []}, {}, 7, told.append)
+    work(steps=3, rate=1.0).client(Request("a", 0, "train", start_of(model)), silo)
+    assert told == [sum(len(row.input_ids) for row in ROWS)] * 3
+
+
 def test_a_gradient_that_is_not_finite_counts_as_nothing():
     one = {"a": torch.tensor([[3.0, 4.0], [math.nan, 1.0], [math.inf, 0.0]]), "b": torch.tensor([[0.0], [1.0], [1.0]])}
-    assert torch.equal(summed([one], 1.0)["a"], torch.tensor([0.6, 0.8]))
-    assert summed([one], 1.0)["b"].tolist() == [0.0]
+    assert torch.equal(summed(one, 1.0)["a"], torch.tensor([0.6, 0.8]))
+    assert summed(one, 1.0)["b"].tolist() == [0.0]
 
 
 def work(**settings):

@@ -251,6 +251,17 @@ def test_rounds_and_tokens_of_a_day_are_counted_over_restarts(tmp_path):
         assert finish(desk, 1, tokens=30)["state"] == "done"  # From record, which costs nothing.
 
 
+def test_tokens_that_only_the_site_may_know_count_too(tmp_path):
+    with desk_in(tmp_path, tokens_a_day=100) as desk:
+        ask(desk)
+        begin(desk, 0, slow=30, read=100)
+        at_work(desk)
+        told = say(desk, "ping")["work"]["r1"]
+        assert told == {"round": 0, "op": "train", "step": 1, "steps": 2, "seconds": 0.5}
+        assert say(desk, "stop", run="r1") == {"stopped": True}
+        assert "100 tokens within 24 hours, and 100 were read" in begin(desk, 0)[0]["error"]
+
+
 def test_a_round_that_the_recipe_has_not_is_refused(desk):
     no = begin(desk, 100)[0]
     assert no["rule"] == "ask" and "asked for with 100 rounds; round 101 is none of them" in no["error"]

@@ -26,6 +26,8 @@ class Run(NamedTuple):
     done: dict[str, Any]
     metrics: dict[str, Any]
     starts: int
+    certificate: dict[str, Any] = {}  # noqa: RUF012
+    """Of what was forgotten, where the run was made for that."""
 
 
 class Comparison(NamedTuple):
@@ -76,6 +78,7 @@ def read_run(folder: Path) -> Run:
         done=single.get("done", {}),
         metrics=read_metrics(folder / "metrics.json"),
         starts=starts,
+        certificate=read_metrics(folder / "certificate.json"),
     )
 
 

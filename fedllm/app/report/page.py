@@ -15,6 +15,7 @@ from fedllm.app.report import cleaning, costs, parts, plots
 from fedllm.app.report import wire as on_wire
 from fedllm.app.report.data import Run, compare, read_run
 from fedllm.app.report.privacy import privacy
+from fedllm.app.report.unlearning import unlearning
 from fedllm.app.report.words import facts, lead, number, plain
 
 HERE = Path(__file__).parent
@@ -73,6 +74,7 @@ def render(run: Run) -> str:
         "wire": on_wire.wire(run),
         "claim": on_wire.claim(run),
         "privacy": privacy(run),
+        "unlearning": unlearning(run),
         "scores": parts.scores(run),
         "facts": parts.about(run),
         "recipe": run.recipe.strip(),
