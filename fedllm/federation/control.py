@@ -26,7 +26,10 @@ from fedllm.runtime.line import Head
 Ask: TypeAlias = Callable[[Head], dict[str, Any]]
 """From a question to its answer; raises `FedllmError` with the server's own sentence."""
 
-TIMEOUT, LOGIN = 20.0, 15.0
+TIMEOUT, LOGIN = 15.0, 15.0
+
+ANSWER = 45.0
+"""Seconds after which a question that gets no answer is given up."""
 
 
 @contextmanager
@@ -102,11 +105,19 @@ def copy(ask: Ask, name: str, path: str, size: int, target: Path, tick: Callable
 
 @contextmanager
 def session(kit: Path) -> Iterator[Ask]:
-    """Log in with the administrator's certificate, and out at the end."""
+    """Log in with the administrator's certificate, and out at the end.
+
+    Raises:
+        FedllmError: within a minute, if the server is not there, does not answer, or lets nobody in by this kit.
+    """
     needs_flare()
     from nvflare.fuel.hci.client.api import AdminAPI
 
+    from fedllm.federation import dial
+
     table = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
+    dial.knock(table["host"], table["port"], kit / "startup")
+    dial.install()
     own = {key: str(kit / "startup" / table[key]) for key in ("client_key", "client_cert", "ca_cert")}
     where = f"{table['host']}:{table['port']}"
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)
@@ -131,14 +142,19 @@ def session(kit: Path) -> Iterator[Ask]:
 
 
 def over(api: Any, head: Head, where: str) -> dict[str, Any]:
-    """Ask through the port; a question that is lost on the way is asked again."""
-    for wait in (0.5, 1.0, 2.0, 0.0):
+    """Ask through the port; a question that is lost on the way is asked again, for `ANSWER` seconds."""
+    begun, wait = time.monotonic(), 0.5
+    while True:
         result = api.server_execute("fedllm", props=head)
         for item in result.get("data") or []:
             if isinstance(item, dict) and item.get("type") == "dict":
                 return dict(item["data"])
+        if time.monotonic() + wait - begun > ANSWER - TIMEOUT:
+            break
         time.sleep(wait)
-    raise FedllmError(f"The server at {where} does not answer ({result.get('details') or result.get('status')}).")
+        wait *= 2
+    reason = result.get("details") or result.get("status")
+    raise FedllmError(f"The server at {where} does not answer ({reason}); what is at work there goes on.")
 
 
 def checked(answer: dict[str, Any]) -> dict[str, Any]:
