@@ -6,19 +6,19 @@ import base64
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.app.build import build
-from fedllm.app.config import Recipe
-from fedllm.app.plan_view import amount, plan_lines
-from fedllm.app.terminal import out, say
+from fedllm.app.terminal import amount, out, say
 from fedllm.core.errors import FedllmError
 from fedllm.federation.control import Ask, copy
+
+if TYPE_CHECKING:
+    from fedllm.app.config import Recipe
 
 LOOK_SECONDS = 1.0
 LITTLE = 50_000_000
@@ -29,6 +29,9 @@ RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "ledger.json
 
 def plan_of(recipe: Recipe, sites: Sequence[str]) -> Iterator[str]:
     """Yield the plan of a run whose text lies at the sites."""
+    from fedllm.app.build import build
+    from fedllm.app.plan_view import plan_lines
+
     yield from plan_lines(build(recipe, weights=False, elsewhere=sites))
     yield ""
 

@@ -31,7 +31,7 @@ def request(
     folder: Annotated[Path, typer.Option("--in", help="The site's folder.")] = Path(),
 ) -> None:
     """Make this site's key, which never leaves it, its site.toml, and a request to send to the server."""
-    from fedllm.app.site import TEMPLATE
+    from fedllm.app.site_template import TEMPLATE
     from fedllm.federation.members import request as make_request
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +135,10 @@ def check(
 @site.command()
 def audit(file: SiteFile = HERE) -> None:
     """Verify the audit log and print it: what was asked, what left, when, how many bytes, under which rule."""
-    from fedllm.app.site import known
     from fedllm.federation.audit import COLUMNS, rows, verify
     from fedllm.federation.policy import read_site
 
-    log = verify(Path(read_site(file, known()).state) / "audit.jsonl")
+    log = verify(Path(read_site(file).state) / "audit.jsonl")
     say("  ".join(f"{name:<{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True)))
     for *cells, rest in rows(log.entries):
         say("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + f"  {rest}")
@@ -172,11 +171,10 @@ def deploy(
 @site.command()
 def health(file: SiteFile = HERE) -> None:
     """Say whether this site's daemon is alive: exit code 0, or 1 and the reason."""
-    from fedllm.app.site import known
     from fedllm.federation.health import healthy
     from fedllm.federation.policy import read_site
 
-    if reason := healthy(Path(read_site(file, known()).state)):
+    if reason := healthy(Path(read_site(file).state)):
         fail(reason, code=1)
     say("alive")
 
