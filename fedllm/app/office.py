@@ -127,7 +127,9 @@ def status_table(told: Mapping[str, Any]) -> Iterator[Table | Text]:
     for name, site in told["sites"].items():
         sites.add_row(name, "revoked" if site["revoked"] else "yes" if site["connected"] else "no")
     yield sites
-    runs = Table("run", "state", "rounds", "attempt", "started by", "last word", box=None, padding=(0, 1))
+    runs = Table("run", "state", "rounds", "attempt", "started by", box=None, padding=(0, 1))
+    # Of many runs a line each; all that there is to say of one is said below.
+    runs.add_column("last word", no_wrap=True, overflow="ellipsis")
     for name, run in told["runs"].items():
         live = run["live"] or {}
         rounds = f"{live.get('round', 0)} of {live.get('rounds', '?')}"
@@ -137,6 +139,8 @@ def status_table(told: Mapping[str, Any]) -> Iterator[Table | Text]:
     if len(told["runs"]) == 1:
         for run in told["runs"].values():
             yield from site_table((run["live"] or {}).get("sites", {}))
+            if run["reason"]:
+                yield Text(run["reason"])
 
 
 def log_lines(ask: Ask, name: str, engine: bool, lines: int) -> list[str]:

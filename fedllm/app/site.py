@@ -64,5 +64,5 @@ def text_of(site: Site, site_toml: Path) -> SiloFiles:
     if started := os.environ.get(DATA):
         said["train"] = started
     if "train" not in said:
-        raise FedllmError(f"{site_toml} says no [data] train; add it, or start with --data FILE.")
+        raise FedllmError(f"{site_toml} says no [data] train; add it, or name it with --data FILE.")
     return SiloFiles(**said)

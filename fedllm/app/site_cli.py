@@ -66,21 +66,27 @@ def start(
     from fedllm.app.site import known, text_of
     from fedllm.app.site_privacy import spending
     from fedllm.federation.desk import Desk
+    from fedllm.federation.members import is_newer
     from fedllm.federation.policy import read_site
+    from fedllm.federation.site_daemon import reach
     from fedllm.federation.site_daemon import start as serve
     from fedllm.silo.models import weights_sha256
 
     here = read_site(file, known())
     approval = file.parent / f"{here.name}.approved"
-    if not (Path(here.kit) / "startup" / "client.crt").exists():
-        if not approval.exists():
-            raise FedllmError(f"{here.name} has joined no federation; put {approval.name} beside {file} first.")
+    if not approval.exists() and not (Path(here.kit) / "startup" / "client.crt").exists():
+        raise FedllmError(f"{here.name} has joined no federation; put {approval.name} beside {file} first.")
+    if approval.exists() and is_newer(approval, file.parent):
         join(approval, file.parent)
     use(data)
     text_of(here, file)
     # Hashing takes long for a large model, and every run asks for it.
     hashed = functools.cache(weights_sha256)
     with Desk(here, WORKER, known(), hashed, {"FEDLLM_SITE": str(file.absolute())}, spending(here, file)) as desk:
+        try:
+            reach(Path(here.kit))
+        except FedllmError as error:
+            say(f"{error} {here.name} goes on trying.")
         say(f"{here.name} is at work; Ctrl-C ends it.")
         serve(here.name, Path(here.kit), Path(here.state), desk.answer)
 

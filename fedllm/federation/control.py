@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,20 +88,22 @@ def fetch(place: Path, name: str, to: Path, tick: Callable[[int], None] = lambda
 
 
 def copy(ask: Ask, name: str, path: str, size: int, target: Path, tick: Callable[[int], None]) -> None:
-    """Copy one file, and go on where a copy was cut off."""
+    """Copy one file, unless it is here whole already; several may copy the same run at once."""
     if target.exists() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.part")
-    beside.unlink(missing_ok=True)
-    with beside.open("ab") as file:
-        while True:
-            data = base64.b64decode(ask({"do": "read", "name": name, "path": path, "offset": file.tell()})["data"])
-            if not data:
-                break
-            file.write(data)
-            tick(len(data))
-    beside.replace(target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            while True:
+                data = base64.b64decode(ask({"do": "read", "name": name, "path": path, "offset": file.tell()})["data"])
+                if not data:
+                    break
+                file.write(data)
+                tick(len(data))
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -67,8 +67,10 @@ def install() -> None:
     driver_mgr.drivers.update(tcp=Dial, stcp=Dial)
 
 
-def knock(host: str, port: int, startup: Path, seconds: float = SECONDS) -> None:
+def knock(host: str, port: int, startup: Path, seconds: float = SECONDS, verdict: float = 0.0) -> None:
     """See that there is a server of this federation at the other end; `startup` has the certificates of a kit.
+
+    In TLS 1.3 a peer learns only after its handshake that it is refused: that is waited for `verdict` seconds.
 
     Raises:
         FedllmError: if there is none, within `seconds`.
@@ -79,9 +81,11 @@ def knock(host: str, port: int, startup: Path, seconds: float = SECONDS) -> None
         context.load_cert_chain(startup / "client.crt", startup / "client.key")
         with (
             socket.create_connection((host, port), seconds) as plain,
-            context.wrap_socket(plain, server_hostname=host),
+            context.wrap_socket(plain, server_hostname=host) as peer,
         ):
-            return
+            if not verdict or not refused(peer, verdict):
+                return
+            reason = "refuses this certificate, which has expired or was revoked; send a new request"
     except TimeoutError:
         reason = f"does not answer within {seconds:g} s; see that it is not stuck, and that nothing between stops TCP"
     except ssl.SSLCertVerificationError as error:
@@ -91,3 +95,14 @@ def knock(host: str, port: int, startup: Path, seconds: float = SECONDS) -> None
     except OSError as error:
         reason = f"cannot be reached ({error.strerror or error}); see that `fedllm federation start` runs there"
     raise FedllmError(f"The server at {where} {reason}.")
+
+
+def refused(peer: ssl.SSLSocket, seconds: float) -> bool:
+    """Tell whether the other end cuts the connection within so many seconds."""
+    peer.settimeout(seconds)
+    try:
+        return peer.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True

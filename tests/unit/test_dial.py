@@ -103,3 +103,21 @@ def test_the_engines_own_connection_does_not_wait_for_ever(federation):
         with pytest.raises(TimeoutError):
             dial.connect(ConnectorInfo("it", dial, params, Mode.ACTIVE, 0, 0, False, threading.Event()))
     assert time.monotonic() - begun < 4
+
+
+def test_a_certificate_that_the_server_refuses_is_said(federation):
+    startup = federation / "one" / "admin" / "startup"
+
+    def refuses(peer):
+        time.sleep(0.2)
+        peer.close()
+
+    speak = speaking(federation / "one")
+    with port(lambda peer: (speak(peer), refuses(peer))) as at:
+        knock("127.0.0.1", at, startup, 5, verdict=0.1)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own = federation / "one" / "server" / "startup"
+    context.load_cert_chain(own / "server.crt", own / "server.key")
+    hangs_up = lambda peer: context.wrap_socket(peer, server_side=True).close()  # noqa: E731
+    with port(hangs_up) as at, pytest.raises(FedllmError, match="refuses this certificate"):
+        knock("127.0.0.1", at, startup, 5, verdict=2)
