@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import keep
-from fedllm.app.site import TEMPLATE
+from fedllm.app.site_template import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 ECHO = ["a", "b", "c", "d"]

@@ -92,6 +92,8 @@ def run(
         say(f"Run {called} is submitted; its sites: {', '.join(sites)}.")
         if not detach:
             watch(ask, called, admin)
+        else:
+            say(f"`fedllm federation attach {called}` watches it.")
 
 
 @federation.command()
@@ -129,8 +131,11 @@ def logs(
     from fedllm.federation.control import opened
 
     with opened(admin) as ask:
-        for line in log_lines(ask, name, engine, lines):
-            say(line)
+        found = log_lines(ask, name, engine, lines)
+    for line in found:
+        say(line)
+    if not found:
+        say(f"The engine had nothing to say of {name}." if engine else f"{name} has said nothing yet.")
 
 
 @federation.command()
@@ -139,8 +144,11 @@ def stop(name: RunName, admin: Admin = KIT) -> None:
     from fedllm.federation.control import opened
 
     with opened(admin) as ask:
-        ask({"do": "stop", "name": name})
-    say(f"{name} is being stopped; `fedllm federation resume {name}` goes on from its last round.")
+        before = ask({"do": "stop", "name": name})["state"]
+    if before in ("done", "failed", "stopped"):
+        say(f"{name} is {before} already; nothing of it is at work.")
+    else:
+        say(f"{name} is being stopped; `fedllm federation resume {name}` goes on from its last round.")
 
 
 @federation.command()
@@ -157,6 +165,8 @@ def resume(
         ask({"do": "resume", "name": name})
         if not detach:
             watch(ask, name, admin)
+        else:
+            say(f"{name} goes on from its last round; `fedllm federation attach {name}` watches it.")
 
 
 @federation.command()

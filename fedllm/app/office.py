@@ -6,19 +6,19 @@ import base64
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.app.build import build
-from fedllm.app.config import Recipe
-from fedllm.app.plan_view import amount, plan_lines
-from fedllm.app.terminal import out, say
+from fedllm.app.terminal import amount, out, say
 from fedllm.core.errors import FedllmError
 from fedllm.federation.control import Ask, copy
+
+if TYPE_CHECKING:
+    from fedllm.app.config import Recipe
 
 LOOK_SECONDS = 1.0
 LITTLE = 50_000_000
@@ -29,6 +29,9 @@ RESULTS = (*WEIGHTS, "report.html", "metrics.json", "events.jsonl", "ledger.json
 
 def plan_of(recipe: Recipe, sites: Sequence[str]) -> Iterator[str]:
     """Yield the plan of a run whose text lies at the sites."""
+    from fedllm.app.build import build
+    from fedllm.app.plan_view import plan_lines
+
     yield from plan_lines(build(recipe, weights=False, elsewhere=sites))
     yield ""
 
@@ -124,7 +127,9 @@ def status_table(told: Mapping[str, Any]) -> Iterator[Table | Text]:
     for name, site in told["sites"].items():
         sites.add_row(name, "revoked" if site["revoked"] else "yes" if site["connected"] else "no")
     yield sites
-    runs = Table("run", "state", "rounds", "attempt", "started by", "last word", box=None, padding=(0, 1))
+    runs = Table("run", "state", "rounds", "attempt", "started by", box=None, padding=(0, 1))
+    # Of many runs a line each; all that there is to say of one is said below.
+    runs.add_column("last word", no_wrap=True, overflow="ellipsis")
     for name, run in told["runs"].items():
         live = run["live"] or {}
         rounds = f"{live.get('round', 0)} of {live.get('rounds', '?')}"
@@ -134,6 +139,8 @@ def status_table(told: Mapping[str, Any]) -> Iterator[Table | Text]:
     if len(told["runs"]) == 1:
         for run in told["runs"].values():
             yield from site_table((run["live"] or {}).get("sites", {}))
+            if run["reason"]:
+                yield Text(run["reason"])
 
 
 def log_lines(ask: Ask, name: str, engine: bool, lines: int) -> list[str]:

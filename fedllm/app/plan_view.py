@@ -19,6 +19,7 @@ from fedllm.app.privacy import (
     uses,
 )
 from fedllm.app.secure import secure_lines
+from fedllm.app.terminal import amount
 from fedllm.core.plan import size
 from fedllm.core.types import Facts, on_meta
 from fedllm.exchange.availability import told
@@ -178,16 +179,3 @@ def memory_note(parts: Parts) -> str:
     kept = remembered(parts)
     told += f", what {len(parts.silos.names)} silos remember {amount(kept * len(parts.silos.names))}" if kept else ""
     return f"{told}, activations about {amount(activations(parts))}"
-
-
-def amount(count: float) -> str:
-    """Return bytes in the unit that reads best.
-
-    >>> amount(1536)
-    '1.5 kB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -16,40 +16,6 @@ from fedllm.federation.policy import Site, read_site
 DATA = "FEDLLM_DATA"
 """The environment variable by which `fedllm site start --data` reaches the worker."""
 
-TEMPLATE = """\
-# This file belongs to the site. Nothing is done here that it does not allow.
-name = "{name}"
-# threads = 2                       # processor threads of training; all of them if nothing is said
-# processes = 2                     # processes that share the model that is trained here; on GPUs one each
-
-[data]
-# train = "my.jsonl"                # a file, a folder, docstrings:PACKAGE or a database's URL;
-# test = "my_test.jsonl"            # `fedllm site start --data my.jsonl` says it for one start
-# query = "select prompt, response from notes"          # where train is a database's URL
-# columns = {{ prompt = "frage", response = "antwort" }}  # the recipe's name of a column = its name here
-# A recipe with [duplicates] needs FEDLLM_SALT in the environment: a secret of the sites that the server must not have.
-
-[models]
-# The base models that recipes may name here; with a path it is loaded from there, with a sha256 nothing else is.
-"smollm2-135m-instruct" = {{}}
-
-[policy]
-# What is not said sets no limit. `fedllm site check RECIPE` shows what a recipe would do here.
-# users = ["admin@example.org"]     # who may start runs
-# recipes = ["<sha256>"]            # these recipes only
-# trainables = ["lora"]             # tasks, clients, selects, aggregates, optimisers, transforms alike
-# rounds_a_run = 100
-# rounds_a_day = 50
-# tokens_a_day = 5_000_000
-# clip = 1.0                        # the largest norm of an update that may leave
-# epsilon = 8.0                     # what all runs together may spend of this text, over the life of `state`
-# delta = 1e-5                      # at which epsilon is reckoned
-# trust_server = false              # whether noise that only the server adds counts
-# trust_sites = false               # whether noise counts of which other sites add their parts
-# secure_aggregation = true         # only sums with other sites' updates may leave
-# metrics = ["train_loss", "loss", "tokens"]
-"""
-
 
 def known() -> dict[str, list[str]]:
     """Return what recipes can name, by kind: all that a site can allow."""
@@ -101,5 +67,5 @@ def text_of(site: Site, site_toml: Path) -> SiloFiles:
     if started := os.environ.get(DATA):
         said["train"] = started
     if "train" not in said:
-        raise FedllmError(f"{site_toml} says no [data] train; add it, or start with --data FILE.")
+        raise FedllmError(f"{site_toml} says no [data] train; add it, or name it with --data FILE.")
     return SiloFiles(**said)

@@ -31,7 +31,7 @@ def request(
     folder: Annotated[Path, typer.Option("--in", help="The site's folder.")] = Path(),
 ) -> None:
     """Make this site's key, which never leaves it, its site.toml, and a request to send to the server."""
-    from fedllm.app.site import TEMPLATE
+    from fedllm.app.site_template import TEMPLATE
     from fedllm.federation.members import request as make_request
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,21 +66,27 @@ def start(
     from fedllm.app.site import known, text_of
     from fedllm.app.site_privacy import spending
     from fedllm.federation.desk import Desk
+    from fedllm.federation.members import is_newer
     from fedllm.federation.policy import read_site
+    from fedllm.federation.site_daemon import reach
     from fedllm.federation.site_daemon import start as serve
     from fedllm.silo.models import weights_sha256
 
     here = read_site(file, known())
     approval = file.parent / f"{here.name}.approved"
-    if not (Path(here.kit) / "startup" / "client.crt").exists():
-        if not approval.exists():
-            raise FedllmError(f"{here.name} has joined no federation; put {approval.name} beside {file} first.")
+    if not approval.exists() and not (Path(here.kit) / "startup" / "client.crt").exists():
+        raise FedllmError(f"{here.name} has joined no federation; put {approval.name} beside {file} first.")
+    if approval.exists() and is_newer(approval, file.parent):
         join(approval, file.parent)
     use(data)
     text_of(here, file)
     # Hashing takes long for a large model, and every run asks for it.
     hashed = functools.cache(weights_sha256)
     with Desk(here, WORKER, known(), hashed, {"FEDLLM_SITE": str(file.absolute())}, spending(here, file)) as desk:
+        try:
+            reach(Path(here.kit))
+        except FedllmError as error:
+            say(f"{error} {here.name} goes on trying.")
         say(f"{here.name} is at work; Ctrl-C ends it.")
         serve(here.name, Path(here.kit), Path(here.state), desk.answer)
 
@@ -135,11 +141,10 @@ def check(
 @site.command()
 def audit(file: SiteFile = HERE) -> None:
     """Verify the audit log and print it: what was asked, what left, when, how many bytes, under which rule."""
-    from fedllm.app.site import known
     from fedllm.federation.audit import COLUMNS, rows, verify
     from fedllm.federation.policy import read_site
 
-    log = verify(Path(read_site(file, known()).state) / "audit.jsonl")
+    log = verify(Path(read_site(file).state) / "audit.jsonl")
     say("  ".join(f"{name:<{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True)))
     for *cells, rest in rows(log.entries):
         say("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + f"  {rest}")
@@ -172,11 +177,10 @@ def deploy(
 @site.command()
 def health(file: SiteFile = HERE) -> None:
     """Say whether this site's daemon is alive: exit code 0, or 1 and the reason."""
-    from fedllm.app.site import known
     from fedllm.federation.health import healthy
     from fedllm.federation.policy import read_site
 
-    if reason := healthy(Path(read_site(file, known()).state)):
+    if reason := healthy(Path(read_site(file).state)):
         fail(reason, code=1)
     say("alive")
 

@@ -11,7 +11,9 @@ from fedllm.app.budget import after_round, before_round
 from fedllm.app.build import Parts
 from fedllm.app.progress import Ui
 from fedllm.app.results import MEASURES
+from fedllm.core.errors import FedllmError
 from fedllm.core.types import NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
+from fedllm.runtime.line import Aborted
 from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
 from fedllm.runtime.meter import Traffic, metered
@@ -67,7 +69,10 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     before_round(folder, parts, nodes.held, asked, state.round + 1)
     begun = clock()
     with ui.part(f"round {state.round + 1}", steps, counts=True):
-        after, report = parts.algorithm.server(state, metered(nodes.exchange, traffic))
+        try:
+            after, report = parts.algorithm.server(state, metered(nodes.exchange, traffic))
+        except FedllmError as error:
+            raise with_reasons(error, nodes.silent()) from error
         report = {**report, **{f"dropped.{name}": why for name, why in nodes.silent().items()}}
     server = clock() - begun
     privacy = after_round(folder, parts, nodes.held, after)
@@ -101,6 +106,14 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     save_checkpoint(folder, Checkpoint(after, dict(nodes.memory)), recipe.keep.checkpoints)
     ui.say(round_line(event, recipe.rounds))
     return after, clock() - begun
+
+
+def with_reasons(error: FedllmError, silent: Mapping[str, str]) -> FedllmError:
+    """Return what ended a round with what its silos said of themselves; an end of the engine's stays what it is."""
+    if isinstance(error, Aborted) or not silent:
+        return error
+    said = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in silent.items())
+    return FedllmError(f"{error} What the sites said: {said}.")
 
 
 def over_links(parts: Parts, traffic: Traffic, report: Report) -> dict[str, float]:

@@ -27,3 +27,16 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
     # Brackets in a sentence are the user's or a recipe's, not colours.
     err.print(Text.assemble(("Error:", "red"), " ", sentence), highlight=False, soft_wrap=True)
     sys.exit(code)
+
+
+def amount(count: float) -> str:
+    """Return bytes in the unit that reads best.
+
+    >>> amount(1536)
+    '1.5 kB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -135,12 +135,13 @@ def resume(folder: Path, user: str, head: Head) -> dict[str, Any]:
 
 
 def wish(run: Path, wanted: str, user: str) -> dict[str, Any]:
-    """Write down what is wanted of a run; `asked` counts, so that the same wish said again is seen."""
+    """Write down what is wanted of a run, tell its state before; `asked` counts, so that a wish said again is seen."""
+    before = told(run)["state"]
     with FileLock(run / "run.lock"):
         table = notes.get(run / "run.json")
         table |= {"wanted": wanted, "asked": int(table.get("asked", 0)) + 1, "user": user}
         notes.put(run / "run.json", table)
-    return {"name": run.name, "wanted": wanted}
+    return {"name": run.name, "wanted": wanted, "state": before}
 
 
 def files(folder: Path, user: str, head: Head) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,10 @@ from fedllm.runtime.line import Head
 Ask: TypeAlias = Callable[[Head], dict[str, Any]]
 """From a question to its answer; raises `FedllmError` with the server's own sentence."""
 
-TIMEOUT, LOGIN = 20.0, 15.0
+TIMEOUT, LOGIN = 15.0, 15.0
+
+ANSWER = 45.0
+"""Seconds after which a question that gets no answer is given up."""
 
 
 @contextmanager
@@ -84,29 +88,39 @@ def fetch(place: Path, name: str, to: Path, tick: Callable[[int], None] = lambda
 
 
 def copy(ask: Ask, name: str, path: str, size: int, target: Path, tick: Callable[[int], None]) -> None:
-    """Copy one file, and go on where a copy was cut off."""
+    """Copy one file, unless it is here whole already; several may copy the same run at once."""
     if target.exists() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.part")
-    beside.unlink(missing_ok=True)
-    with beside.open("ab") as file:
-        while True:
-            data = base64.b64decode(ask({"do": "read", "name": name, "path": path, "offset": file.tell()})["data"])
-            if not data:
-                break
-            file.write(data)
-            tick(len(data))
-    beside.replace(target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            while True:
+                data = base64.b64decode(ask({"do": "read", "name": name, "path": path, "offset": file.tell()})["data"])
+                if not data:
+                    break
+                file.write(data)
+                tick(len(data))
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def session(kit: Path) -> Iterator[Ask]:
-    """Log in with the administrator's certificate, and out at the end."""
+    """Log in with the administrator's certificate, and out at the end.
+
+    Raises:
+        FedllmError: within a minute, if the server is not there, does not answer, or lets nobody in by this kit.
+    """
     needs_flare()
     from nvflare.fuel.hci.client.api import AdminAPI
 
+    from fedllm.federation import dial
+
     table = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
+    dial.knock(table["host"], table["port"], kit / "startup")
+    dial.install()
     own = {key: str(kit / "startup" / table[key]) for key in ("client_key", "client_cert", "ca_cert")}
     where = f"{table['host']}:{table['port']}"
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)
@@ -131,14 +145,19 @@ def session(kit: Path) -> Iterator[Ask]:
 
 
 def over(api: Any, head: Head, where: str) -> dict[str, Any]:
-    """Ask through the port; a question that is lost on the way is asked again."""
-    for wait in (0.5, 1.0, 2.0, 0.0):
+    """Ask through the port; a question that is lost on the way is asked again, for `ANSWER` seconds."""
+    begun, wait = time.monotonic(), 0.5
+    while True:
         result = api.server_execute("fedllm", props=head)
         for item in result.get("data") or []:
             if isinstance(item, dict) and item.get("type") == "dict":
                 return dict(item["data"])
+        if time.monotonic() + wait - begun > ANSWER - TIMEOUT:
+            break
         time.sleep(wait)
-    raise FedllmError(f"The server at {where} does not answer ({result.get('details') or result.get('status')}).")
+        wait *= 2
+    reason = result.get("details") or result.get("status")
+    raise FedllmError(f"The server at {where} does not answer ({reason}); what is at work there goes on.")
 
 
 def checked(answer: dict[str, Any]) -> dict[str, Any]:

@@ -176,6 +176,7 @@ def site_kit(kit: Path, name: str, consortium: str, address: str, port: int) -> 
                     "nvflare.app_common.resource_consumers.passthrough_resource_consumer.PassthroughResourceConsumer",
                 ),
                 part("process_launcher", LAUNCHER),
+                part("dialler", "fedllm.federation.dial.Dialler"),
             ],
         },
     )

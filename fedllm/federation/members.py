@@ -156,6 +156,20 @@ def join(file: Path, folder: Path) -> Joined:
     return Joined(answer.name, answer.consortium, answer.server.address, answer.server.port, keys.fingerprint(root))
 
 
+def is_newer(file: Path, folder: Path) -> bool:
+    """Tell whether an approval's certificate was made after the one that the site has, if it has one."""
+    own = folder / "kit" / "startup" / "client.crt"
+    if not own.exists():
+        return True
+    try:
+        answer = Approved.model_validate_json(read_bytes(file))
+    except ValidationError as error:
+        raise FedllmError(f"'{file}' is not an approval ({error.errors()[0]['msg']}); ask for it anew.") from error
+    certificate = keys.read_certificate(answer.certificate.encode(), "What came in the approval")
+    before = keys.read_certificate(own.read_bytes(), f"'{own}'")
+    return certificate != before and certificate.not_valid_before_utc >= before.not_valid_before_utc
+
+
 def revoke(folder: Path, name: str) -> None:
     """Refuse a site, or the administrator, from now on; a server that runs acts on it within seconds."""
     consortium = of(folder)

@@ -130,8 +130,10 @@ TABLES: dict[str, type[Closed]] = {"": Site, "data": SiteData, "models": Base, "
 """The tables of a site's file."""
 
 
-def read_site(path: Path, known: Known) -> Site:
+def read_site(path: Path, known: Known | None = None) -> Site:
     """Read a site's file; relative folders start from where it lies.
+
+    Without `known`, which takes seconds to load, the names in its rules are not checked.
 
     Raises:
         FedllmError: for what is not TOML, a key that is not known, or a name that no recipe can have.
@@ -149,7 +151,7 @@ def read_site(path: Path, known: Known) -> Site:
         raise FedllmError(f"{path}: {first_problem(error.errors(), known_keys)}") from error
     for rule, kind in KINDS.items():
         for name in getattr(site.policy, rule) or ():
-            if name not in known[kind]:
+            if known is not None and name not in known[kind]:
                 raise FedllmError(f"{path}: policy.{rule} has '{name}'; {nearest(name, known[kind])}")
     folder = path.absolute().parent
     models = {

@@ -6,6 +6,7 @@ Job processes of FLARE come and go and pass bytes to the socket; the desk and wh
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -23,6 +24,9 @@ from fedllm.federation.serve import needs_flare
 from fedllm.runtime.pipe import hear, tell
 
 MODULE = "nvflare.private.fed.app.client.client_train"
+
+VERDICT = 2.0
+"""Seconds in which a server says that it refuses a certificate."""
 
 LARGEST_MESSAGE = 32 << 20
 """Bytes that a message to the desk may have; the largest chunk is half of that."""
@@ -47,6 +51,21 @@ def start(name: str, kit: Path, state: Path, answer: Callable[[bytes], bytes]) -
         command += ["secure_train=true", f"uid={name}", "org=fedllm", "config_folder=config"]
         command += [f"heart_beat_interval={kits.HEARTBEAT}"]
         keep(command, {"FEDLLM_DESK": desk}, state / "output.log", stop, lambda: beat(state))
+
+
+def reach(kit: Path) -> None:
+    """See that the server can be reached from here and does not refuse the site's certificate.
+
+    Raises:
+        FedllmError: with the reason why not; it may pass.
+    """
+    from fedllm.federation.dial import knock
+
+    needs_flare()
+    startup = kit / "startup"
+    (server,) = json.loads((startup / "fed_client.json").read_text(encoding="utf-8"))["servers"]
+    host, port = server["service"]["target"].rsplit(":", 1)
+    knock(host, int(port), startup, verdict=VERDICT)
 
 
 @contextmanager

@@ -65,10 +65,15 @@ class Lead:
         # An attempt that dies slowly must not work beside the next one.
         with FileLock(folder / "attempt.lock", timeout=30):
             wish = Wish(folder)
-            line = line_over({proxy.name: proxy for proxy in context.clients}, context.is_aborted, wish)
-            threading.Thread(target=wish.watch, args=(self.run, line), daemon=True).start()
+            proxies = {proxy.name: proxy for proxy in context.clients}
+            line = line_over(proxies, context.is_aborted, wish.stopped.is_set)
+            # What the sites are told goes over a line of its own, since the loop's ends with the wish.
+            telling = line_over(proxies, context.is_aborted, lambda: False)
+            watcher = threading.Thread(target=wish.watch, args=(self.run, telling), daemon=True)
+            watcher.start()
             end = ended(os.environ[LOOP], folder, line, wish)
             wish.over.set()
+            watcher.join(2 * STOP_SECONDS)
             tell(folder / "ended.json", {"attempt": self.attempt, **end}, context.is_aborted)
 
 
@@ -170,20 +175,23 @@ class Wish:
         return [str(name) for name in json.loads(self.path.read_text(encoding="utf-8")).get("sites", [])]
 
     def watch(self, run: str, line: Line) -> None:
-        """Wait until the run is to be stopped; then really stop the work at the sites, and the loop."""
+        """Wait until the run is to be stopped; then stop the loop, and really stop the work at the sites.
+
+        In this order: work that was stopped must not count as a site's failure in a round that goes on.
+        """
         while not self.over.wait(0.5):
             with suppress(OSError, ValueError):
                 if json.loads(self.path.read_text(encoding="utf-8"))["wanted"] == "stop":
                     break
         else:
             return
+        self.stopped.set()
         asks = [threading.Thread(target=stop_at, args=(line, site, run), daemon=True) for site in line.sites()]
         for ask in asks:
             ask.start()
         until = time.monotonic() + STOP_SECONDS
         for ask in asks:
             ask.join(max(0.0, until - time.monotonic()))
-        self.stopped.set()
 
 
 def stop_at(line: Line, site: str, run: str) -> None:
@@ -192,11 +200,11 @@ def stop_at(line: Line, site: str, run: str) -> None:
         line.call(site, {"do": "stop", "run": run}, b"", STOP_SECONDS)
 
 
-def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], wish: Wish) -> Line:
+def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], stopped: Callable[[], bool]) -> Line:
     """Return a `Line` over Collab's proxies, one by site."""
 
     def check() -> None:
-        if wish.stopped.is_set():
+        if stopped():
             raise Aborted("The run was stopped.")
         if aborted():
             raise Aborted("The engine ended this attempt; the next one goes on from the last round.")

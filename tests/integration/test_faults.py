@@ -205,6 +205,31 @@ def test_a_site_with_another_version_or_other_weights_is_refused_by_name_and_the
             assert not [entry for entry in log if entry["what"] in ("begin", "reply")]
 
 
+def test_a_run_that_is_stopped_within_a_round_loses_no_reply_and_goes_on_to_the_same_bits(tmp_path):
+    prepare(tmp_path)
+    more = ["rounds=4", "client.steps=200"]
+    with loopback(tmp_path) as them:
+        them.submit("tiny", *more)
+        for number in (1, 2):
+            them.until(
+                "tiny",
+                lambda state, number=number: any(
+                    told.get("state") == "working" and told.get("round") == number
+                    for told in (state["live"] or {}).get("sites", {}).values()
+                ),
+            )
+            assert them.ask(do="stop", name="tiny")["state"] == "running"
+            assert them.ends("tiny")["state"] == "stopped", them.state("tiny")
+            them.ask(do="resume", name="tiny")
+        assert them.ends("tiny")["state"] == "done"
+        far = them.folder / "runs" / "tiny"
+        assert [event["clients"] for event in read_events(far) if event["event"] == "round"] == [3] * 4
+        recipe = (tmp_path / "recipe.toml").read_text()
+        recipe = recipe.replace("rounds = 2", "rounds = 4").replace("steps = 2", "steps = 200")
+        (tmp_path / "recipe.toml").write_text(recipe)
+        assert same(adapter(on_one_machine(tmp_path)), adapter(far))
+
+
 def test_ctrl_c_leaves_a_run_running_and_attach_comes_back_to_it(tmp_path):
     prepare(tmp_path)
     with loopback(tmp_path) as them:

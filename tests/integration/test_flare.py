@@ -18,6 +18,8 @@ pytest.importorskip("nvflare", reason="the engine is not installed: pip install 
 
 from fedllm.core.errors import FedllmError
 from fedllm.federation import attempts, commands, control, keys, members
+from fedllm.runtime.flare import Wish, line_over
+from fedllm.runtime.line import Aborted, decode, encode
 from tests.flare_federation import USER, Federation
 from tests.flare_parts import lives, processes, until
 
@@ -164,6 +166,26 @@ def test_stop_reaches_the_sites_and_resume_goes_on(federation):
     (federation.folder / "runs" / "stopped" / "go").touch()
     control.resume(federation.folder, "stopped")
     until(lambda: federation.state("stopped")["state"] == "done", 60)
+
+
+def test_the_loop_is_stopped_before_the_sites_are_so_that_no_work_counts_as_failed(tmp_path):
+    (tmp_path / "run.json").write_text('{"wanted": "stop"}')
+    wish, told = Wish(tmp_path), []
+
+    class Proxy:
+        def __call__(self, timeout):
+            return self
+
+        def answer(self, data):
+            told.append((decode(data)[0]["do"], wish.stopped.is_set()))
+            return encode({})
+
+    proxies = {"a": Proxy(), "b": Proxy()}
+    wish.watch("run", line_over(proxies, lambda: False, lambda: False))
+    assert told == [("stop", True)] * 2
+    with pytest.raises(Aborted, match="was stopped"):
+        line_over(proxies, lambda: False, wish.stopped.is_set).call("a", {"do": "wait"}, b"", 1.0)
+    assert len(told) == 2
 
 
 @pytest.mark.slow

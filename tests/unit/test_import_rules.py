@@ -70,6 +70,13 @@ def test_importing_the_package_loads_no_torch():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["cli", "office", "site_template"])
+def test_what_a_quick_command_imports_loads_no_torch(module):
+    code = f"import sys, fedllm.app.{module}; print(sorted({{'torch', 'transformers', 'peft'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_file_is_longer_than_400_lines():
     tests = Path(__file__).resolve().parents[1]
     for path in [*FILES, *tests.rglob("*.py")]:

@@ -88,7 +88,12 @@ def test_a_revoked_name_stays_out_until_it_is_approved_again(folder, tmp_path):
     assert members.revoked(folder)["names"] == ["a"]
     with pytest.raises(FedllmError, match="--again"):
         join(folder, tmp_path / "a")
-    join(folder, tmp_path / "a", again=True)
+    approval = tmp_path / "a" / "a.approved"
+    assert not members.is_newer(approval, tmp_path / "a")
+    members.approve(folder, members.request("a", tmp_path / "a"), again=True)
+    assert members.is_newer(approval, tmp_path / "a")
+    members.join(approval, tmp_path / "a")
+    assert not members.is_newer(approval, tmp_path / "a")
     assert members.revoked(folder)["names"] == [] and len(members.revoked(folder)["serials"]) == 1
     with pytest.raises(FedllmError, match="There is no 'c'"):
         members.revoke(folder, "c")
