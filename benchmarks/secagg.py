@@ -3,7 +3,7 @@
 Ten silos with 10 M values each, 8 neighbours, three of them lost after they shared their keys. With the Python of a
 virtual environment that has `flwr[simulation]`, Flower's SecAgg+ does the same beside it, on the same values:
 
-    python -m benchmarks.secagg --flower VENV/bin/python
+    FLOWER=VENV/bin/python python -m benchmarks.secagg
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def flower(python: Path, values: int, rounds: int, secure: bool) -> list[float]:
 
 def main(
     flower_python: Annotated[
-        Path | None, typer.Option("--flower", help="Python of an environment with flwr[simulation].")
+        Path | None,
+        typer.Option("--flower", envvar="FLOWER", help="Python of an environment with flwr[simulation]."),
     ] = None,
     values: Annotated[int, typer.Option(help="Values of an update.")] = VALUES,
     times: Annotated[int, typer.Option(help="Rounds that are timed; the best is told.")] = 3,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.app.catalog import CATALOG, make
-from fedllm.app.privacy import AT_SERVER, AT_SILO
+from fedllm.app.privacy import AT_SERVER, AT_SILO, TOGETHER
 from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.plan import plan, size
@@ -46,7 +46,7 @@ def draw_update(shapes, dtypes, seed):
 
 def test_every_transform_of_the_catalogue_is_under_these_laws():
     """But for those that add noise, which change what they pass on and have laws of their own."""
-    assert SETTINGS.keys() == CATALOG["transforms"].keys() - {*AT_SERVER, *AT_SILO}
+    assert SETTINGS.keys() == CATALOG["transforms"].keys() - {*AT_SERVER, *AT_SILO, *TOGETHER}
 
 
 @EVERY

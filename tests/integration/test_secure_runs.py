@@ -1,0 +1,113 @@
+"""Runs with secure sums on one machine: stopped and resumed they are the same bits; prompts, fragments, lost silos."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedllm.app.progress import Ui
+from fedllm.app.run import resume, run
+from fedllm.core.errors import Interrupted
+from fedllm.runtime.store import read_events
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SECRET = b"r" * 32
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    tiny_model().save_pretrained(place / "model")
+    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    for name in "abcd":
+        rows = [{"prompt": f"{name} {i}?", "response": f"the cat sat {i}"} for i in range(16)]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def table(place, **changes):
+    plain = {
+        "model": str(place / "model"),
+        "dtype": "float32",
+        "device": "cpu",
+        "rounds": 2,
+        "silos": {name: f"{name}.jsonl" for name in "abcd"},
+        "data": {"root": str(place), "limit_test": 2},
+        "trainable": {"name": "lora", "r": 2},
+        "client": {"steps": 2, "batch_size": 2},
+        "transforms": [{"name": "clip", "max_norm": 0.2}],
+        "secure": {"drop_outs": 1, "largest_weight": 20},
+        "evaluate": {"alone": False},
+    }
+    return {**plain, **changes}
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def rounds(folder):
+    return [event for event in read_events(folder) if event["event"] == "round"]
+
+
+class Stopping(Ui):
+    """Stops the run at one of its steps."""
+
+    def __init__(self, at):
+        super().__init__(None)
+        self.left = at
+
+    def tick(self, tokens):
+        self.left -= 1
+        if not self.left:
+            raise Interrupted("enough")
+        super().tick(tokens)
+
+
+def test_a_run_that_was_stopped_is_resumed_with_the_same_bits(place, tmp_path):
+    shared = {"name": "dp_sgd", "clip": 1.0, "noise": 1.0, "noise_in": "sum", "steps": 1, "batch_size": 4}
+    private = {"client": shared, "aggregate": {"weights": "uniform"}, "transforms": []}
+    whole = table(place, runtime="local", **private)
+    straight = run(whole, tmp_path / "straight", secret=SECRET)
+    with pytest.raises(Interrupted):
+        run(whole, tmp_path / "stopped", secret=SECRET, ui=Stopping(15))
+    assert len(rounds(tmp_path / "stopped")) < 2
+    resume(tmp_path / "stopped")
+    one, other = adapter(straight), adapter(tmp_path / "stopped")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    ledgers = [(folder / "ledger.jsonl").read_bytes() for folder in (straight, tmp_path / "stopped")]
+    assert ledgers[0] == ledgers[1]
+
+
+COMPOSED = {
+    "a soft prompt": {"trainable": {"name": "prompt", "tokens": 4}},
+    "fragments": {"share": {"name": "fragments", "count": 2}},
+    "16 bits": {"secure": {"bits": 16, "largest_value": 0.05, "largest_weight": 20}},
+    "noise at the server": {
+        "transforms": [{"name": "central_dp", "max_norm": 0.2, "noise": 1e-6}],
+        "aggregate": {"weights": "uniform"},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", COMPOSED.values(), ids=COMPOSED)
+def test_what_it_goes_with_learns_what_it_learns_without(place, changes, tmp_path):
+    secure = run(table(place, **changes), tmp_path / "secure", secret=SECRET)
+    plain = run(table(place, **{**changes, "secure": None}), tmp_path / "plain", secret=SECRET)
+    assert [event["clients"] for event in rounds(secure)] == [4, 4]
+    one, other = adapter(secure), adapter(plain)
+    largest = max(float((value - other[name]).abs().max()) for name, value in one.items())
+    assert largest < (2e-4 if "secure" in changes else 2e-6)
+
+
+def test_lost_silos_are_reported_and_a_round_with_too_few_changes_nothing(place, tmp_path):
+    gone = {"silos": {"a": {"away": [[1, 2]]}, "b": {"away": [[2, 2]]}}}
+    folder = run(table(place, availability=gone, rounds=3), tmp_path / "run")
+    first, second, third = rounds(folder)
+    assert third["clients"] == 4
+    assert (first["clients"], first["dropped"]) == (3, {"a": "it is away"})
+    assert second["clients"] == 0 and second["dropped"]["b"] == "it is away"
+    assert "2 are lost already and 1 may be" in second["dropped"]["c"] or "secure.least" in second["dropped"]["c"]
