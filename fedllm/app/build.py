@@ -137,6 +137,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
             "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, "
             "or drop duplicates inside each silo by [[cleaning]]."
         )
+    if recipe.canaries and elsewhere:
+        raise FedllmError(
+            "[canaries] are planted and looked for on one machine, and no site plants any for a server; take the table "
+            "out, and rehearse the recipe with `fedllm run` where you want it audited."
+        )
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     endpoint = endpoint_of(recipe)

@@ -65,7 +65,7 @@ SECTIONS = {
 }
 
 OF = {
-    "updates": ("embedding rows", "span check", "gradient descent"),
+    "updates": ("embedding rows", "span check"),
     "membership": ("loss", "loss against the base model", "Min-K%"),
     "canaries": ("exposure", "prompting"),
     "origin": ("nearest update", "lowest loss"),
@@ -75,7 +75,6 @@ OF = {
 HOW = {
     "embedding rows": "looks for the rows of the embedding that moved",
     "span check": "looks for tokens that lie in the span of the first layer's update",
-    "gradient descent": "searches for a text with the same update",
     "loss": "takes texts of low loss for training records",
     "loss against the base model": "takes texts whose loss fell most for training records",
     "Min-K%": "looks at the least likely tokens of a text",
