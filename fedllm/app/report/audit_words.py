@@ -26,7 +26,8 @@ SECTIONS = {
         "Can someone who sees what a silo sends read its text? The attacker has the model and the recipe, knows how "
         "long the text is, and names as many tokens (pieces of words) as the text has different ones; guessing names "
         "the most common ones.",
-        "Let the server see sums of many silos only (secure aggregation); add noise at the silo (client dp_sgd, or "
+        "Let the server see sums of many silos only (secure aggregation; a sum of few short texts still shows which "
+        "tokens are in it, though not whose); add noise at the silo (client dp_sgd, or "
         "transform local_dp); train on more records and more steps a round. Noise that the server adds does not hide a "
         "silo from the server.",
         "tokens recovered",
