@@ -139,6 +139,11 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
             "or drop duplicates inside each silo by [[cleaning]]."
         )
     check_without(recipe)
+    if recipe.canaries and elsewhere:
+        raise FedllmError(
+            "[canaries] are planted and looked for on one machine, and no site plants any for a server; take the table "
+            "out, and rehearse the recipe with `fedllm run` where you want it audited."
+        )
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     endpoint = endpoint_of(recipe)

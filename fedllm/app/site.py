@@ -32,6 +32,8 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         "algorithm": algorithm or {"name": "averaging"},
         "silos": {site.name: text_of(site, site_toml)},
         "partition": None,
+        # A site plants nothing among its rows for a server.
+        "canaries": None,
         "select": {"name": "everyone"},
         "transforms": [here_of(part) for part in asked.get("transforms", [])],
         "runtime": "local",

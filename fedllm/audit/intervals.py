@@ -35,9 +35,9 @@ def auc_estimate(members: Sequence[float], others: Sequence[float], seed: int, t
     import numpy
 
     draw = numpy.random.default_rng(seed)
-    one, two = numpy.asarray(members), numpy.asarray(others)
+    one, two = numpy.asarray(members, dtype=float), numpy.asarray(others, dtype=float)
     drawn = [
-        auc(one[draw.integers(len(one), size=len(one))], two[draw.integers(len(two), size=len(two))])
+        auc(one[draw.integers(len(one), size=len(one))].tolist(), two[draw.integers(len(two), size=len(two))].tolist())
         for _ in range(times)
     ]
     low, high = numpy.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

@@ -49,7 +49,7 @@ def readings(model: nn.Module, like: Tensors) -> list[Reading]:
 
 def linear(model: nn.Module, like: Tensors) -> dict[str, nn.Module]:
     """Return the linear layers whose weights are in an update, by the names of those; LoRA's B read nothing of it."""
-    found = {}
+    found = dict[str, nn.Module]()
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if weight in like and isinstance(module, nn.Linear) and ".lora_B." not in weight and "lm_head" not in weight:

@@ -37,4 +37,4 @@ def row_scores(model: nn.Module, update: Tensors) -> Tensor | None:
 
 def likeliest(scores_V: Tensor) -> list[int]:
     """Return the tokens from the likeliest on."""
-    return torch.argsort(scores_V, stable=True).tolist()  # type: ignore[no-any-return]
+    return torch.argsort(scores_V, stable=True).tolist()

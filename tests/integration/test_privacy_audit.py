@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import fedllm
+from fedllm.app.build import build
 from fedllm.app.config import read_recipe
 from fedllm.app.data import canaries_of, open_shards
+from fedllm.app.site import own_recipe
 from fedllm.core.errors import FedllmError
 from fedllm.runtime.store import append_event
 from fedllm.silo.canaries import canaries_in
@@ -126,6 +128,14 @@ def test_canaries_are_the_silos_own_and_the_same_again(place):  # noqa: F811
         open_shards(recipe(place, canaries={"count": 9}))
     with pytest.raises(FedllmError, match="tells secrets in text, and task 'classify'"):
         open_shards(recipe(place, canaries={"count": 8}, task={"name": "classify", "words": ["x", "y"]}))
+
+
+def test_no_site_plants_canaries_for_a_server(place):  # noqa: F811
+    made = recipe(place, canaries={"count": 8, "folder": str(place / "elsewhere")})
+    with pytest.raises(FedllmError, match="no site plants any for a server; take the table out"):
+        build(made, weights=False, elsewhere=["a", "b"])
+    (place / "site.toml").write_text('name = "a"\n[data]\ntrain = "a.jsonl"\n')
+    assert own_recipe(made.model_dump(exclude_none=True), place / "site.toml").canaries is None
 
 
 def test_a_broken_file_of_canaries_is_said(tmp_path):

@@ -44,7 +44,7 @@ def problem(source, *settings):
         ({"client": 5}, "'client'"),
         ({"transforms": "clip"}, "'transforms'"),
         ({"partition": {"silos": 3}}, "[partition] has no 'name'; say which partition it is."),
-        ({"zzzz": 1}, "the key 'zzzz' is unknown; known: aggregate, algorithm, availability, cleaning"),
+        ({"zzzz": 1}, "the key 'zzzz' is unknown; known: aggregate, algorithm, availability, canaries, cleaning"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_one_sentence(table, said):

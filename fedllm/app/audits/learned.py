@@ -80,10 +80,10 @@ def membership(case: Case) -> list[Finding]:
     }
     findings = []
     for attack, values in scores.items():
-        members, others = values[: len(inside)], values[len(inside) :]
-        area = auc_estimate(members, others, case.seed)
+        known, others = values[: len(inside)], values[len(inside) :]
+        area = auc_estimate(known, others, case.seed)
         findings.append(over(attack, "the finished model", "AUC", area, 0.5, share=False))
-        few = tpr_at(members, others)
+        few = tpr_at(known, others)
         # The threshold rests on few texts: only above what false alarms there could really be is it a finding.
         alarms = clopper_pearson(len(others) // 100, len(others))[1]
         findings.append(Finding(attack, "the finished model", "found at 1 % false alarms", few, 0.01, few.low > alarms))

@@ -18,8 +18,10 @@ def render(result: Mapping[str, Any]) -> str:
     """Return the page of an audit, from what `privacy.json` has."""
     from plotly.offline import get_plotlyjs
 
-    parts = [{"section": each, "plot": plot(each)} for each in sections(result)]
-    figures = [part["plot"] for part in parts if part["plot"]]
+    told = sections(result)
+    plots = [plot(each) for each in told]
+    parts = [{"section": each, "plot": made} for each, made in zip(told, plots, strict=True)]
+    figures = [made for made in plots if made]
     pages = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )

@@ -26,7 +26,8 @@ SECTIONS = {
         "Can someone who sees what a silo sends read its text? The attacker has the model and the recipe, knows how "
         "long the text is, and names as many tokens (pieces of words) as the text has different ones; guessing names "
         "the most common ones.",
-        "Let the server see sums of many silos only (secure aggregation); add noise at the silo (client dp_sgd, or "
+        "Let the server see sums of many silos only (secure aggregation; a sum of few short texts still shows which "
+        "tokens are in it, though not whose); add noise at the silo (client dp_sgd, or "
         "transform local_dp); train on more records and more steps a round. Noise that the server adds does not hide a "
         "silo from the server.",
         "tokens recovered",
@@ -65,7 +66,7 @@ SECTIONS = {
 }
 
 OF = {
-    "updates": ("embedding rows", "span check", "gradient descent"),
+    "updates": ("embedding rows", "span check"),
     "membership": ("loss", "loss against the base model", "Min-K%"),
     "canaries": ("exposure", "prompting"),
     "origin": ("nearest update", "lowest loss"),
@@ -75,7 +76,6 @@ OF = {
 HOW = {
     "embedding rows": "looks for the rows of the embedding that moved",
     "span check": "looks for tokens that lie in the span of the first layer's update",
-    "gradient descent": "searches for a text with the same update",
     "loss": "takes texts of low loss for training records",
     "loss against the base model": "takes texts whose loss fell most for training records",
     "Min-K%": "looks at the least likely tokens of a text",
