@@ -144,7 +144,7 @@ def stop(name: RunName, admin: Admin = KIT) -> None:
     from fedllm.federation.control import opened
 
     with opened(admin) as ask:
-        before = ask({"do": "stop", "name": name})["state"]
+        before = ask({"do": "stop", "name": name}).get("state")
     if before in ("done", "failed", "stopped"):
         say(f"{name} is {before} already; nothing of it is at work.")
     else:

@@ -35,8 +35,8 @@ RIGHTS = {
 }
 """What FLARE's own commands allow to whom: nothing to people, whose commands are fedllm's."""
 
-HEARTBEAT, DEAD_AFTER = 2.0, 60
-"""Seconds between a site's signs of life, and after which FLARE forgets a silent site."""
+HEARTBEAT, DEAD_AFTER = 4.0, 60
+"""Seconds between a site's signs of life, of 2 kB each, and after which FLARE forgets a silent site."""
 
 
 def server_kit(folder: Path, consortium: Consortium) -> None:

@@ -17,8 +17,9 @@ from fedllm.runtime.line import Head
 from fedllm.runtime.transfer import LONGEST, Link, ask, plain, whole
 from fedllm.runtime.wire import request_head
 
-POLL = 2.0
-"""Seconds that a site may hold a `wait`; its answer is also its sign of life."""
+POLL, LONGEST_POLL = 2.0, 6.0
+"""Seconds that a site may hold a `wait`, at first and once the work has gone on for a minute; what is done is answered
+at once. Its answer is also its sign of life, and costs an engine some 2 kB, which over hours is no little."""
 
 
 def request_id(key: str, head: Mapping[str, Any]) -> str:
@@ -34,7 +35,7 @@ def finished(link: Link, request: Request, key: str, stall: float) -> Head:
         Refused: the work failed, or made no step for `stall` seconds.
     """
     head = request_head(request)
-    name, best, stepped = request_id(key, head), (-1.0, -1.0), time.monotonic()
+    name, best, stepped, since = request_id(key, head), (-1.0, -1.0), time.monotonic(), time.monotonic()
     answer = asked(link, {"do": "begin", "key": key, "request": head}, LONGEST)
     link.moved = time.monotonic()
     while answer.get("state") == "running":
@@ -46,7 +47,8 @@ def finished(link: Link, request: Request, key: str, stall: float) -> Head:
             best, stepped = max(best, steps), begun
         if begun - stepped > stall:
             raise Refused(f"its work made no step for {stall:g} s")
-        answer = asked(link, {"do": "wait", "id": name, "seconds": POLL}, POLL + 3.0)
+        hold = min(max(POLL, (begun - since) / 10), LONGEST_POLL)
+        answer = asked(link, {"do": "wait", "id": name, "seconds": hold}, hold + 3.0)
         link.moved = time.monotonic()
         if answer.get("state") == "running":
             # A site that answers without waiting shall not keep this machine busy.

@@ -59,10 +59,10 @@ def test_a_site_behind_a_slow_and_lossy_link_takes_part(tmp_path):
         assert "round 2 of 2: 3 silos" in printed, printed
         sites = live(them)["sites"]
         print("server", carried("server").since(began["server"]))
-        for name in SITES:
-            frames, streams = overhead(name, sites[name], began[name])
-            assert max(streams) < 1.05
-            assert max(frames) < (1.2 if name == "c" else 1.05)
+        found = {name: overhead(name, sites[name], began[name]) for name in SITES}
+        for name, (frames, streams) in found.items():
+            assert max(streams) < 1.05, name
+            assert max(frames) < (1.2 if name == "c" else 1.1), name
         # No piece went twice: what was counted for the slow site is what was counted for the others.
         assert sites["c"]["bytes_down"] < 1.01 * sites["a"]["bytes_down"]
         far = adapter_or_model(them["server"].folder / "runs" / "tiny")
