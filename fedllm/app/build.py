@@ -10,13 +10,14 @@ from torch import nn
 
 from fedllm.algorithms.method import Ground, Method
 from fedllm.app import privacy
+from fedllm.app.averaged import averaged, selection
 from fedllm.app.catalog import CATALOG, SEND_PROMPTS, make
 from fedllm.app.config import Recipe
 from fedllm.app.data import Silos, open_named
 from fedllm.app.quiet import quiet_libraries
 from fedllm.app.ranks import Ranks, check_processes
+from fedllm.app.refused import check_together
 from fedllm.app.rows import NOWHERE
-from fedllm.app.secure import secure_part
 from fedllm.app.voices import (
     REMEDY,
     NoWeights,
@@ -27,17 +28,13 @@ from fedllm.app.voices import (
     speaker_for,
     words_task,
 )
-from fedllm.app.without import by_record, check_without
-from fedllm.app.work import check_kept, make_work, stays_text
+from fedllm.app.work import check_kept, make_work
 from fedllm.core.errors import FedllmError
-from fedllm.core.noise import fresh_secret, key_of
+from fedllm.core.noise import fresh_secret
 from fedllm.core.plan import Plan, plan
-from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
 from fedllm.core.types import Algorithm, Client, Dataset, Select, Share, Silo, State, Tensors, Transform, Work
-from fedllm.exchange.availability import Presence, availability, presences
-from fedllm.exchange.local_dp import nothing_else
-from fedllm.exchange.lora_error import lora_error
+from fedllm.exchange.availability import Presence, presences
 from fedllm.exchange.select import fixed_size
 from fedllm.runtime.link import SiloLink, links_of
 from fedllm.silo import trainables
@@ -133,17 +130,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     quiet_libraries()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    if recipe.duplicates and privacy.is_private(recipe):
-        raise FedllmError(
-            "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, "
-            "or drop duplicates inside each silo by [[cleaning]]."
-        )
-    check_without(recipe)
-    if recipe.canaries and elsewhere:
-        raise FedllmError(
-            "[canaries] are planted and looked for on one machine, and no site plants any for a server; take the table "
-            "out, and rehearse the recipe with `fedllm run` where you want it audited."
-        )
+    check_together(recipe, bool(elsewhere))
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     endpoint = endpoint_of(recipe)
@@ -152,24 +139,13 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
     trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable, tokenizer=tokenizer)
     named = {name: NOWHERE for name in elsewhere} if elsewhere else open_named(recipe)
-    gone = set(recipe.without.silos)
-    shards = {name: shard for name, shard in named.items() if name not in gone}
+    shards = {name: shard for name, shard in named.items() if name not in recipe.without.silos}
     silos = Silos(shards, task, tested=recipe.evaluate.examples, asking=asked)
     if not elsewhere:
         silos.check()
     recipe, secret = privacy.resolved(recipe, len(silos.names), counts(recipe, silos)), secret or fresh_secret()
-    if elsewhere and recipe.evaluate.alone and privacy.is_private(recipe):
-        raise FedllmError(
-            "evaluate.alone lets every site tell what it reaches alone, without noise; with noise set it to false."
-        )
     privacy.require_target(recipe, len(silos.names), counts(recipe, silos))
-    # Who knows when a silo is asked has no use for chance, so with noise the choice is as secret as the noise.
-    chosen = (
-        derive(int.from_bytes(key_of(secret, "select")[:7]), "silos") if privacy.is_private(recipe) else recipe.seed
-    )
-    # Who is left out is drawn and not asked: the others' turns are as they were.
-    drawn: Select = make("select", recipe.select, list(named), seed=chosen)
-    select = (lambda number: [name for name in drawn(number) if name not in gone]) if gone else drawn
+    select = selection(recipe, list(named), secret)
 
     if not elsewhere:
         check_processes(recipe, device)
@@ -197,11 +173,6 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
-    if private_method(recipe):
-        raise FedllmError(
-            f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "
-            "adds noise out of the recipe, or learn with algorithm 'averaging'."
-        )
     transforms = [] if privacy.is_private(recipe) else [make("transforms", part) for part in recipe.transforms]
     speaker = speaker_for(endpoint, tokenizer, objective, recipe.evaluate.batch_size)
     method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms, asked, speaker)
@@ -210,34 +181,13 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     elif not params:
         raise FedllmError(f"trainable '{trainable.name}' leaves nothing to average; use 'lora' or another.")
     links = links_of(silos.names, recipe.links.default, recipe.links.silos) if recipe.links else {}
-    there = presence_of(silos.names, recipe, bool(elsewhere))
+    there = presence_of(silos.names, recipe)
     first = {**params, **own} if own or share.partial else {}
     work = make_work(recipe, objective, tokenizer, secret, ranks, trainable, first)
-    if privacy.trusts_nobody(recipe):
-        work = nothing_else(work)
-    # What a probe tells has no noise on it, and behind a sum there is nothing to look at.
-    factors = not (privacy.is_private(recipe) or recipe.secure) and any(
-        ".lora_A." in name and value.dim() == 2 for name, value in params.items()
-    )
-    on_the_way = privacy.transforms(recipe, len(silos.names), secret)
-    secure = secure_part(recipe, work, share, on_the_way, params, len(silos.names), secret)
     algorithm = (
         method.algorithm(select)
         if method
-        else averaging(
-            work=work,
-            select=select,
-            aggregate=make("aggregate", recipe.aggregate),
-            optimiser=make("optimiser", recipe.optimiser, rounds=recipe.rounds),
-            share=share._replace(name=stays_text(share, own)),
-            transforms=on_the_way,
-            middleware=[
-                *secure,
-                *by_record(recipe),
-                *([availability(there, derive(recipe.seed, "availability"))] if there else []),
-            ],
-            probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
-        )
+        else averaged(recipe, work, select, share, params, own, len(silos.names), secret, there)
     )
     rows = recipe.evaluate.batch_size
     evaluator = (
@@ -252,11 +202,6 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
         evaluator, fitting, sample(silos.names, recipe), own, first, links, there, width, ranks, secret, method,
         endpoint,
     )  # fmt: skip
-
-
-def private_method(recipe: Recipe) -> bool:
-    """Say whether a method that is no average is asked for noise."""
-    return recipe.algorithm["name"] != "averaging" and privacy.is_private(recipe)
 
 
 def make_method(
@@ -313,15 +258,10 @@ def check_fit(recipe: Recipe, tokenizer: Any, model: Any) -> None:
         raise FedllmError(f"task.block is {block}, but the model sees {context} tokens at once; lower it.")
 
 
-def presence_of(names: Sequence[str], recipe: Recipe, elsewhere: bool) -> dict[str, Presence]:
+def presence_of(names: Sequence[str], recipe: Recipe) -> dict[str, Presence]:
     """Return when the silos are there, if the recipe says it."""
     if recipe.availability is None:
         return {}
-    if elsewhere:
-        raise FedllmError(
-            "[availability] makes silos of one machine late or slow, and real sites are so by themselves; take the "
-            "table out of the recipe, or try it with `fedllm run`."
-        )
     return presences(names, recipe.availability.drop, recipe.availability.silos, recipe.rounds)
 
 

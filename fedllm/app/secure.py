@@ -29,11 +29,6 @@ def secure_part(
     noise = sum_noise(recipe)
     if recipe.secure is None:
         return []
-    if recipe.algorithm["name"] != "averaging":
-        raise FedllmError(
-            f"[secure] hides updates in their sum, and algorithm '{recipe.algorithm['name']}' asks each silo for its "
-            "own; take [secure] out, or learn with algorithm 'averaging'."
-        )
     if share.partial:
         raise FedllmError(
             f"share.name is '{recipe.share['name']}', whose silos tell scores of their own; with [secure] use "

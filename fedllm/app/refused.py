@@ -1,0 +1,43 @@
+"""What does not go together in a recipe, as far as the recipe alone shows it."""
+
+from __future__ import annotations
+
+from fedllm.app import privacy
+from fedllm.app.config import Recipe
+from fedllm.app.without import check_without
+from fedllm.core.errors import FedllmError
+
+
+def check_together(recipe: Recipe, elsewhere: bool) -> None:
+    """Raise where parts of a recipe contradict one another; `elsewhere`: where its silos are other machines."""
+    private = privacy.is_private(recipe)
+    if recipe.duplicates and private:
+        raise FedllmError(
+            "[duplicates] lets hashes of texts leave without noise, so no epsilon would be true; take the table out, "
+            "or drop duplicates inside each silo by [[cleaning]]."
+        )
+    check_without(recipe)
+    if recipe.canaries and elsewhere:
+        raise FedllmError(
+            "[canaries] are planted and looked for on one machine, and no site plants any for a server; take the table "
+            "out, and rehearse the recipe with `fedllm run` where you want it audited."
+        )
+    if recipe.availability and elsewhere:
+        raise FedllmError(
+            "[availability] makes silos of one machine late or slow, and real sites are so by themselves; take the "
+            "table out of the recipe, or try it with `fedllm run`."
+        )
+    if recipe.evaluate.alone and private and elsewhere:
+        raise FedllmError(
+            "evaluate.alone lets every site tell what it reaches alone, without noise; with noise set it to false."
+        )
+    if private and recipe.algorithm["name"] != "averaging":
+        raise FedllmError(
+            f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "
+            "adds noise out of the recipe, or learn with algorithm 'averaging'."
+        )
+    if recipe.secure and recipe.algorithm["name"] != "averaging":
+        raise FedllmError(
+            f"[secure] hides updates in their sum, and algorithm '{recipe.algorithm['name']}' asks each silo for its "
+            "own; take [secure] out, or learn with algorithm 'averaging'."
+        )
