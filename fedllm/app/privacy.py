@@ -13,7 +13,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import NOTHING, Tensors, Transform
 from fedllm.exchange.accounting import Epsilons, Mechanism, epsilons, noise_for
 from fedllm.exchange.ledger import Entry, Unit
-from fedllm.exchange.secure.middleware import SumNoise
+from fedllm.exchange.secure.settings import SumNoise
 from fedllm.exchange.server_noise import MARK, Around, require_sense
 from fedllm.silo.dp_sgd import rate_of, slack
 

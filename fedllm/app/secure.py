@@ -9,7 +9,6 @@ from fedllm.app.privacy import around, sum_noise
 from fedllm.core.errors import FedllmError
 from fedllm.core.round import wire_stages
 from fedllm.core.types import Facts, Middleware, Share, Tensors, Transform, Work
-from fedllm.exchange.secure.middleware import secure_sum
 from fedllm.exchange.secure.settings import Settings, circle
 
 
@@ -46,6 +45,15 @@ def secure_part(
     facts = work.claim(Facts())
     for transform in transforms:
         facts = transform.claim(facts)
+    try:
+        from fedllm.exchange.secure.middleware import secure_sum
+        from fedllm.exchange.secure.shares import library
+    except ImportError as error:
+        raise FedllmError(
+            "[secure] needs cryptography and pycryptodome, which are not installed; install them with `pip install "
+            "'fedllm[privacy]'`."
+        ) from error
+    library()
     weighted = recipe.aggregate.get("weights", "examples") == "examples"
     return [
         secure_sum(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Reply
 from fedllm.exchange.accounting import Mechanism, epsilon
 from fedllm.exchange.secure.fixed_point import grid, room_for, rounded
-from fedllm.exchange.secure.middleware import SumNoise, secure_sum
+from fedllm.exchange.secure.middleware import secure_sum
 from fedllm.exchange.secure.noise import discrete_gaussian
-from fedllm.exchange.secure.settings import Settings, circle
+from fedllm.exchange.secure.settings import Settings, SumNoise, circle
 from fedllm.silo.dp_sgd import ROOM
 from fedllm.silo.trainables import lora
 from tests.laws.test_dp_sgd import ROWS, answer, by_hand, flat, model_of
@@ -136,6 +138,23 @@ def test_the_plan_says_what_the_noise_of_all_is_worth(model):
     told = "\n".join(plan_lines(planned(model, transforms=[TOGETHER])))
     worth = epsilon([Mechanism(1.0, times=3)], 1e-5)
     assert f"epsilon {worth:.3g} at delta 1e-05 after 3 rounds, of a silo with all that it has" in told
+
+
+@pytest.mark.parametrize("missing", ["cryptography", "Crypto"])
+def test_only_a_recipe_with_secure_sums_needs_their_libraries(model, missing):
+    code = (
+        f"import sys; sys.modules['{missing}'] = None\n"
+        "from fedllm.app.build import build\nfrom fedllm.app.config import read_recipe\n"
+        "from fedllm.core.errors import FedllmError\n"
+        f"table = {{'model': '{model}', 'device': 'cpu', 'evaluate': {{'alone': False}},\n"
+        f"  'silos': {{n: '{model}/' + n + '.jsonl' for n in 'abcd'}},\n"
+        "  'transforms': [{'name': 'clip', 'max_norm': 1.0}]}\n"
+        "build(read_recipe(table), weights=False)\n"
+        "try:\n    build(read_recipe({**table, 'secure': {}}), weights=False)\n"
+        "except FedllmError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "pip install 'fedllm[privacy]'" in done.stdout, done.stderr[-2000:]
 
 
 def test_noise_for_a_target_is_that_of_the_silo_which_needs_most(model):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
@@ -14,19 +13,11 @@ from fedllm.core.types import Facts, Middleware, Tensors
 from fedllm.exchange.secure.fixed_point import Grid, grid, room_for
 from fedllm.exchange.secure.messages import KEYS, SHARES, SUM, TAIL, TAIL_SIZE
 from fedllm.exchange.secure.server import secure_exchange
-from fedllm.exchange.secure.settings import Circle, Settings, require_settings
+from fedllm.exchange.secure.settings import Circle, Settings, SumNoise, require_settings
 from fedllm.exchange.secure.silo import Made, secure_client, secure_cohort
 
 PHASES = (KEYS, SHARES, SUM)
 """What its client half answers beside training, each once a round."""
-
-
-class SumNoise(NamedTuple):
-    """Noise that the silos add together."""
-
-    multiplier: float
-    sensitivity: float
-    """The L2 norm by which one silo (or record) changes the sum; the noise's standard deviation is their product."""
 
 
 def secure_sum(

@@ -34,6 +34,14 @@ class Settings(NamedTuple):
     """The most that a single value of an update may be, where that is less than the update's norm may be."""
 
 
+class SumNoise(NamedTuple):
+    """Noise that the silos add together."""
+
+    multiplier: float
+    sensitivity: float
+    """The L2 norm by which one silo (or record) changes the sum; the noise's standard deviation is their product."""
+
+
 class Circle(NamedTuple):
     """A round's silos: how many, and what follows from the settings."""
 
