@@ -4,22 +4,6 @@ from __future__ import annotations
 
 import math
 
-from fedllm.audit.intervals import clopper_pearson
-
-
-def epsilon_from_rates(hits: int, members: int, alarms: int, others: int, delta: float) -> float:
-    """Return the largest epsilon that so many hits and false alarms refute, at 95 % confidence, or 0.
-
-    Jagielski et al. 2020 (arXiv:2006.07709), section 4: epsilon >= ln((TPR - delta) / FPR), with the lower end of
-    Clopper and Pearson's interval for the one and the upper end for the other, and likewise with both turned round. It
-    holds for trials that are independent, each with noise of its own.
-    """
-    hit_low, _ = clopper_pearson(hits, members)
-    _, alarm_high = clopper_pearson(alarms, others)
-    pairs = ((hit_low, alarm_high), (1 - alarm_high, 1 - hit_low))
-    found = [math.log((top - delta) / bottom) for top, bottom in pairs if top > delta and bottom > 0]
-    return max([0.0, *found])
-
 
 def epsilon_from_one_run(planted: int, guesses: int, right: int, delta: float, confidence: float = 0.95) -> float:
     """Return the lower bound on epsilon from one run in which each of `planted` canaries was in by a coin's toss.

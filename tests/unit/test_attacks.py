@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 
-from fedllm.audit.bounds import chance_of, epsilon_from_one_run, epsilon_from_rates
+from fedllm.audit.bounds import chance_of, epsilon_from_one_run
 from fedllm.audit.exposure import candidates, chance, exposure, from_coins, standing
 from fedllm.audit.intervals import auc, auc_estimate, clopper_pearson, mean_estimate, tpr_at
 from fedllm.audit.layers import readings
@@ -111,17 +111,6 @@ def test_chance_is_the_mean_over_all_ranks():
 def test_candidates_are_other_secrets_of_the_same_form():
     found = candidates("0042", 50, 3)
     assert len(set(found)) == 50 and "0042" not in found and all(len(each) == 4 for each in found)
-
-
-def test_the_bound_from_rates_is_the_formula():
-    low, _ = clopper_pearson(90, 100)
-    _, high = clopper_pearson(5, 100)
-    assert epsilon_from_rates(90, 100, 5, 100, 1e-5) == pytest.approx(math.log((low - 1e-5) / high))
-    assert epsilon_from_rates(50, 100, 50, 100, 0.0) == 0
-    # Turned round: every non-member is known, and members are missed one in two.
-    assert epsilon_from_rates(1000, 1000, 500, 1000, 0.0) == pytest.approx(
-        math.log((1 - clopper_pearson(500, 1000)[1]) / (1 - clopper_pearson(1000, 1000)[0]))
-    )
 
 
 def test_the_bound_from_one_run_is_the_coin_that_is_too_unlikely():
