@@ -65,6 +65,7 @@ def remote(
         FedllmError: from the exchange, when the spool cannot be written.
     """
     lost, had, totals, telling = set[str](), set[tuple[str, str]](), dict[str, Traffic](), Lock()
+    pieces = dict[str, int]()
 
     def tell(site: str, state: str, numbers: Mapping[str, Any]) -> None:
         traffic = totals[site]
@@ -121,6 +122,9 @@ def remote(
             pass
         except BaseException as error:  # It is raised in the thread that reads the replies.
             arrived.put(error)
+        finally:
+            # What a link bears is known from one exchange to the next.
+            pieces[link.site] = link.piece
 
     def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
         ended, slots, arrived = Event(), Semaphore(parallel), SimpleQueue[Any]()
@@ -139,6 +143,8 @@ def remote(
                     packed[id(request.tensors)] = save_message(path, request.tensors, {})
             work.setdefault(request.client, []).append((request, packed[id(request.tensors)]))
         links = [Link(line, site, run, patience, ended, tell, totals[site]) for site in work]
+        for link in links:
+            link.piece = pieces.get(link.site, link.piece)
         for link in links:
             Thread(target=serve, args=(link, work[link.site], slots, arrived), daemon=True).start()
         try:
