@@ -10,7 +10,8 @@ stories260k. The attacker has the update, the model and the length of the text, 
 has different ones. `recall_plain` is the better attack's share of right ones, `recall_chance` that of naming the most
 common tokens of held-out text; `recall_sum` is what the sum of the nine gives for the text of one of them;
 `recall_dp` is with noise at the silo for epsilon = 8 at delta = 1e-5, all of it spent on this one step, which is the
-least noise that any run with that epsilon has. `recall_secagg` is null until updates are summed securely.
+least noise that any run with that epsilon has. `recall_secagg` is what the server has of the text of one of them when
+the nine add up securely, `recall_secagg_all` what it has of all nine texts together.
 
 *Exposure*: three institutions with few rows learn them and random secrets, each planted eight times by the toss of a
 coin, without noise and with record-level noise for epsilon = 8 over the run. Exposure is in bits, 8 at most; a secret
@@ -45,6 +46,8 @@ SILOS = ("cancergov", "cdc", "gard", "ghr", "mplus", "nhlbi", "niddk", "ninds", 
 FEW = ("cdc", "gard", "niddk")
 EPSILON, DELTA = 8.0, 1e-5
 TRIALS, TOKENS = 45, 24
+LARGEST = 10.0
+"""Norm to which an update may come in a secure sum: nothing here is longer, so that only the sum protects."""
 CANARIES = {"count": 12, "repeat": 8}
 
 
@@ -88,8 +91,9 @@ def inversion(data: Path, folder: Path) -> dict[str, Any]:
     plain = recipe(data, folder, SILOS, rounds=1, client=size, data={"limit_train": 200})
     multiplier = noise_for(EPSILON, DELTA, lambda noise: [Mechanism(noise)])
     noised = {**plain, "client": dp_sgd(multiplier, **size)}
+    summed = {**plain, "transforms": [{"name": "clip", "max_norm": LARGEST}], "secure": {"drop_outs": 1}}
     found = {}
-    for name, made in (("plain", plain), ("dp", noised)):
+    for name, made in (("plain", plain), ("dp", noised), ("secagg", summed)):
         case = open_case(done(folder / f"inversion_{name}", made), 0, TRIALS, TOKENS, 0, Ui(None))
         found[name] = attack_updates(case)[0]
     best = {
@@ -98,6 +102,8 @@ def inversion(data: Path, folder: Path) -> dict[str, Any]:
         "sum_all": strongest(found["plain"], f"sum of {len(SILOS)} silos, all texts"),
         "adamw": strongest(found["plain"], "one record, AdamW step"),
         "dp": strongest(found["dp"], "one record, plain step"),
+        "secagg": strongest(found["secagg"], f"sum of {len(SILOS)} silos, one's text"),
+        "secagg_all": strongest(found["secagg"], f"sum of {len(SILOS)} silos, all texts"),
     }
     result: dict[str, Any] = {"trials": TRIALS, "tokens": TOKENS, "noise_multiplier": multiplier}
     for name, each in best.items():

@@ -111,6 +111,23 @@ def test_noise_at_the_server_leaves_the_update_as_the_server_sees_it(place):  # 
     assert whole == pytest.approx(0.25 * count**0.5, rel=0.05)
 
 
+def test_behind_a_secure_sum_only_the_sum_is_attacked(place, monkeypatch, capsys):  # noqa: F811
+    made = recipe(
+        place,
+        silos={name: "a.jsonl" for name in "abcd"},
+        trainable={"name": "full"},
+        transforms=[{"name": "clip", "max_norm": 5.0}],
+        secure={"drop_outs": 1},
+    )
+    fedllm.run(made, place / "run")
+    code, _, problem = call(monkeypatch, capsys, "audit", "run", *FEW, "--attack", "updates", "--attack", "origin")
+    assert code == 0, problem
+    result = json.loads((place / "run" / "privacy.json").read_text())
+    cases = {each["case"] for each in result["findings"]}
+    assert cases == {"sum of 4 silos, one's text", "sum of 4 silos, all texts", "a round as sent"}
+    assert "that sum is what was attacked" in (place / "run" / "privacy.html").read_text()
+
+
 def test_canaries_are_the_silos_own_and_the_same_again(place):  # noqa: F811
     made = recipe(place, canaries={"count": 8, "repeat": 3})
     shards = open_shards(made)

@@ -50,21 +50,19 @@ def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
         kinds.append(("one record, AdamW step", False))
     for said, plain in kinds:
         views = [one_each(case, drawn, place, records, plain) for place in range(times)]
-        texts = [
-            {name: drawn[name][place % len(drawn[name])].input_ids for name in view.each}
-            for place, view in enumerate(views)
-        ]
+        texts = [{name: drawn[name][place % len(drawn[name])].input_ids for name in names} for place in range(times)]
         singles = [
             Target(text, view.each[name], len(text))
             for view, told in zip(views, texts, strict=True)
             for name, text in told.items()
+            if name in view.each
         ][: case.trials]
         found, recovered = attacked(case, said, singles, common)
         findings += found
         shown = shown or recovered
         if plain and len(names) > 1:
             findings += in_sum(case, views, texts, common)
-    return findings + as_sent(case, names[:4], common), shown
+    return findings + as_sent(case, names if case.sum_only else names[:4], common), shown
 
 
 def in_sum(
@@ -91,18 +89,24 @@ def as_sent(case: Case, names: Sequence[str], common: Sequence[int]) -> list[Fin
     """Attack the updates of a round as the run makes them: the target is all text that a silo read for it."""
     data = {name: Watched(case.parts.silos.examples(name)["train"]) for name in names}
     view = round_of(case, case.parts.work(), data, max(0, case.state.round - 1))
+    read = {
+        name: [token for place in data[name].read for token in data[name].examples[place].input_ids] for name in names
+    }
+    together = sum(map(len, read.values()))
     targets = [
-        Target(text, update, len(text))
-        for name, update in view.each.items()
-        if (text := [token for place in data[name].read for token in data[name].examples[place].input_ids])
+        Target(text, view.each.get(name, view.whole), len(text) if name in view.each else together)
+        for name, text in read.items()
+        if text
     ]
-    return attacked(case, "a round as sent", targets, common)[0] if targets else []
+    return attacked(case, "a round as sent", targets, common)[0]
 
 
 def attacked(
     case: Case, said: str, targets: Sequence[Target], common: Sequence[int]
 ) -> tuple[list[Finding], list[Recovered]]:
     """Run both attacks on every target, and hold what they name against a guess by frequency."""
+    if not targets:
+        return [], []
     model = case.parts.model
     guessed = [token_recall(common, target.text) for target in targets]
     named: dict[str, list[list[int]]] = {}

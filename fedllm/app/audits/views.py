@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, overload
 from fedllm.app import privacy
 from fedllm.app.audits.case import Case
 from fedllm.app.catalog import make
+from fedllm.app.secure import secure_part
 from fedllm.core.optimisers import fedavg
-from fedllm.core.round import averaging, wire_stages
+from fedllm.core.round import averaging, everything, wire_stages
 from fedllm.core.seeds import derive, generator
 from fedllm.core.tensors import below, subtract
 from fedllm.core.types import Reply, Request, Silo, Tensors, Work
@@ -21,7 +22,7 @@ class View(NamedTuple):
     """One round as others see it."""
 
     each: Mapping[str, Tensors]
-    """Each silo's update, decoded: what the server sees if nothing hides it."""
+    """Each silo's update, decoded: what the server sees if nothing hides it. Behind a secure sum there is none."""
     whole: Tensors
     """Weights before less weights after: what is to be seen by whoever has both, noise of the server included."""
 
@@ -53,14 +54,15 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
 
     Clipping, codecs, noise and the average are the recipe's; the server takes the plain average as its step.
     """
-    recipe, params = case.recipe, case.state.params
-    transforms = privacy.transforms(recipe, len(case.parts.silos.names), case.secret)
+    recipe, params, silos = case.recipe, case.state.params, len(case.parts.silos.names)
+    transforms = privacy.transforms(recipe, silos, case.secret)
     algorithm = averaging(
         work=work,
         select=lambda number: list(data),
         aggregate=make("aggregate", recipe.aggregate),
         optimiser=fedavg(),
         transforms=transforms,
+        middleware=secure_part(recipe, work, everything(), transforms, params, silos, case.secret),
     )
     start = algorithm.init(params)._replace(round=number, transforms=case.state.transforms)
     replies: dict[str, Reply] = {}
@@ -83,7 +85,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
     ]
     stages = wire_stages(transforms, params)
     each = {}
-    for name, reply in replies.items():
+    for name, reply in [] if recipe.secure else replies.items():
         update: Tensors = reply.tensors
         for transform, like in zip(reversed(now), reversed(stages[:-1]), strict=True):
             update = transform.decode(update, like)
@@ -100,7 +102,9 @@ def one_step(case: Case, records: int, plain: bool) -> Work:
     changes: dict[str, Any] = {"steps": 1, "epochs": None, "batch_size": 1, "micro_batch": 1}
     changes |= {"schedule": "constant", "warmup": 0, "floor": 0}
     if plain:
-        changes |= {"optimiser": "sgd", "learning_rate": 1.0, "weight_decay": 0.0}
+        changes |= {"optimiser": "sgd", "weight_decay": 0.0}
+        # Noise that silos add together is as strong as the recipe's own rate has it.
+        changes |= {} if privacy.in_sum(case.recipe) else {"learning_rate": 1.0}
     if privacy.hides_records(case.recipe):
         changes |= {"rate": 1.0, "noise": privacy.record_noise(case.recipe, records)}
     return case.parts.work(**changes)

@@ -217,7 +217,8 @@ def lead(result: Mapping[str, Any]) -> list[str]:
 def protection(result: Mapping[str, Any]) -> str:
     """Say what stood between the attacker and the text in this run."""
     if result["sum_only"]:
-        return "In this run the server sees the updates' sum only; what is said of single ones is what that hides."
+        noise = ", with noise in it" if result["noise"] else ""
+        return f"In this run the server sees the updates' sum only{noise}, and that sum is what was attacked."
     if not result["noise"]:
         return "In this run the server sees each silo's update, and no noise is on it."
     if result["at_server"]:
