@@ -17,8 +17,10 @@ the nine add up securely, `recall_secagg_all` what it has of all nine texts toge
 coin, without noise and with record-level noise for epsilon = 8 over the run. Exposure is in bits, 8 at most; a secret
 that was never seen has 1.42 on average. `epsilon_from_below_*` is what the coins prove.
 
+*Utility*: what is kept of the gain without noise at epsilon 8, 3 and 1 (`benchmarks/privacy_utility.py`).
+
 The goals: without protection most tokens are recovered and the secrets found; with the sum or epsilon = 8 both are at
-chance.
+chance; at epsilon = 8, 70 % of the gain is kept.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import torch
 
 import fedllm
 from benchmarks.common import RESULTS, keep, machine
+from benchmarks.privacy_utility import utility
 from fedllm.app.audits.case import open_case
 from fedllm.app.audits.findings import Finding
 from fedllm.app.audits.learned import secrets_kept
@@ -164,6 +167,7 @@ PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "inversion": inversion,
     "exposure_plain": lambda data, folder: exposure(data, folder, False),
     "exposure_dp": lambda data, folder: exposure(data, folder, True),
+    "utility": utility,
 }
 
 KEYS = (

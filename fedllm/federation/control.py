@@ -29,6 +29,9 @@ Ask: TypeAlias = Callable[[Head], dict[str, Any]]
 
 TIMEOUT, LOGIN = 15.0, 15.0
 
+STARTS = 20.0
+"""Seconds in which a server that was just started opens its port."""
+
 ANSWER = 45.0
 """Seconds after which a question that gets no answer is given up."""
 
@@ -119,7 +122,7 @@ def session(kit: Path) -> Iterator[Ask]:
     from fedllm.federation import dial
 
     table = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
-    dial.knock(table["host"], table["port"], kit / "startup")
+    dial.knock(table["host"], table["port"], kit / "startup", patience=STARTS)
     dial.install()
     own = {key: str(kit / "startup" / table[key]) for key in ("client_key", "client_cert", "ca_cert")}
     where = f"{table['host']}:{table['port']}"

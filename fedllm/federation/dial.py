@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from pathlib import Path
 
 from nvflare.apis.fl_component import FLComponent
@@ -67,14 +68,18 @@ def install() -> None:
     driver_mgr.drivers.update(tcp=Dial, stcp=Dial)
 
 
-def knock(host: str, port: int, startup: Path, seconds: float = SECONDS, verdict: float = 0.0) -> None:
+def knock(
+    host: str, port: int, startup: Path, seconds: float = SECONDS, verdict: float = 0.0, patience: float = 0.0
+) -> None:
     """See that there is a server of this federation at the other end; `startup` has the certificates of a kit.
 
-    In TLS 1.3 a peer learns only after its handshake that it is refused: that is waited for `verdict` seconds.
+    In TLS 1.3 a peer learns only after its handshake that it is refused: that is waited for `verdict` seconds. A
+    server that is about to start has no port yet: it is tried again for `patience` seconds.
 
     Raises:
-        FedllmError: if there is none, within `seconds`.
+        FedllmError: if there is none, within `seconds` after that.
     """
+    wait_for_port(host, port, seconds, time.monotonic() + patience)
     context = ssl.create_default_context(cafile=startup / "rootCA.pem")
     where = f"{host}:{port}"
     try:
@@ -95,6 +100,19 @@ def knock(host: str, port: int, startup: Path, seconds: float = SECONDS, verdict
     except OSError as error:
         reason = f"cannot be reached ({error.strerror or error}); see that `fedllm federation start` runs there"
     raise FedllmError(f"The server at {where} {reason}.")
+
+
+def wait_for_port(host: str, port: int, seconds: float, until: float) -> None:
+    """Wait while nobody listens at a port, no longer than `until`."""
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((host, port), seconds).close()
+        except ConnectionRefusedError:
+            time.sleep(0.5)
+        except OSError:
+            return
+        else:
+            return
 
 
 def refused(peer: ssl.SSLSocket, seconds: float) -> bool:

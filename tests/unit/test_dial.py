@@ -71,6 +71,27 @@ def test_a_server_of_this_federation_is_found_and_anothers_is_not(federation):
         knock("127.0.0.1", at, startup, 5)
 
 
+def test_a_server_that_is_about_to_start_is_waited_for(federation):
+    startup = federation / "one" / "admin" / "startup"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        at = free.getsockname()[1]
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=federation / "one" / "ca" / "root.crt")
+    own = federation / "one" / "server" / "startup"
+    context.load_cert_chain(own / "server.crt", own / "server.key")
+
+    def start():
+        time.sleep(1)
+        with socket.create_server(("127.0.0.1", at)) as listener:
+            for _ in range(2):
+                with suppress(OSError):
+                    context.wrap_socket(listener.accept()[0], server_side=True).recv(1)
+
+    server = threading.Thread(target=start, daemon=True)
+    server.start()
+    knock("127.0.0.1", at, startup, 5, patience=10)
+    server.join(5)
+
+
 def test_a_server_that_is_not_there_or_says_nothing_is_given_up_in_time(federation):
     startup = federation / "one" / "admin" / "startup"
     with pytest.raises(FedllmError, match=r"cannot be reached \(Connection refused\)"):
@@ -81,7 +102,8 @@ def test_a_server_that_is_not_there_or_says_nothing_is_given_up_in_time(federati
     assert time.monotonic() - begun < 4
 
 
-def test_an_administrators_command_says_that_the_server_is_not_there(federation):
+def test_an_administrators_command_says_that_the_server_is_not_there(federation, monkeypatch):
+    monkeypatch.setattr(control, "STARTS", 0.6)
     with pytest.raises(FedllmError, match="cannot be reached"), control.opened(federation / "one" / "admin"):
         pass
 

@@ -1,0 +1,120 @@
+"""What an epsilon costs nine institutions that hide each record: noise shared out in a secure sum, or all of it each.
+
+All run the same number of rounds with about as many records a round. Without noise each institution takes AdamW steps
+of its own (`free`); with noise it sends the sum of its records' clipped gradients, and the server takes one Adam step a
+round. In the sum every institution draws its records with one probability, so that one epsilon holds for all of them;
+alone each adds all the noise that its own records need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedllm
+from fedllm.app.config import read_recipe
+from fedllm.runtime.store import read_events
+
+SILOS = ("cancergov", "cdc", "gard", "ghr", "mplus", "nhlbi", "niddk", "ninds", "seniorhealth")
+DELTA = 1e-5
+ROUNDS, RATE, TOKENS = 40, 0.05, 64
+EACH = 80
+"""Records of a silo in a round, on the average over the silos."""
+
+FREE = {"client": {"steps": 10, "batch_size": 8, "learning_rate": 5e-3}}
+
+
+def in_sum(epsilon: float) -> dict[str, Any]:
+    """Return what a run has of its own where the silos add noise together."""
+    return {
+        "client": {
+            "name": "dp_sgd",
+            "noise_in": "sum",
+            "rate": RATE,
+            "batch_size": EACH,
+            "micro_batch": 16,
+            "steps": 1,
+            "clip": 1.0,
+            "learning_rate": 1.0,
+        },
+        "secure": {"drop_outs": 1, "largest_weight": 1},
+        "optimiser": {"name": "fedadam", "learning_rate": 1e-2, "tau": 1e-4},
+        "privacy": {"delta": DELTA, "target_epsilon": epsilon},
+    }
+
+
+def each_alone(epsilon: float) -> dict[str, Any]:
+    """Return the same where each silo adds all the noise and the server sees its update."""
+    made = in_sum(epsilon)
+    client = {key: value for key, value in made["client"].items() if key != "noise_in"}
+    return {**made, "client": {**client, "optimiser": "sgd"}, "secure": None}
+
+
+KINDS: Mapping[str, dict[str, Any]] = {
+    "free": FREE,
+    "eps8": in_sum(8.0),
+    "eps3": in_sum(3.0),
+    "eps1": in_sum(1.0),
+    "eps8_each_alone": each_alone(8.0),
+}
+
+
+def utility(data: Path, folder: Path) -> dict[str, Any]:
+    """Run every kind, or go on with it; return losses and what is kept of the gain without noise."""
+    losses = {name: mean_loss(done(folder / f"utility_{name}", recipe(data, own))) for name, own in KINDS.items()}
+    base = mean_loss(folder / "utility_free", "base")
+    gain = base - losses["free"]
+    kept = {f"gain_kept_{name}": round((base - loss) / gain, 4) for name, loss in losses.items() if name != "free"}
+    return {
+        **kept,
+        "utility_loss_base": round(base, 4),
+        **{f"utility_loss_{name}": round(loss, 4) for name, loss in losses.items()},
+        "utility_noise": {name: noise_of(folder / f"utility_{name}") for name in KINDS if name != "free"},
+        "utility_setting": {"rounds": ROUNDS, "rate": RATE, "tokens": TOKENS, "delta": DELTA, "silos": len(SILOS)},
+    }
+
+
+def recipe(data: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe of one run."""
+    made = {
+        "model": str(data / "models" / "stories260k"),
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "rounds": ROUNDS,
+        "silos": {
+            name: {part: str((data / "medquad" / f"{name}.{part}.jsonl.gz").absolute()) for part in ("train", "test")}
+            for name in SILOS
+        },
+        "data": {"limit_test": 40},
+        "task": {"name": "instruct", "max_tokens": TOKENS},
+        "trainable": {"name": "lora", "r": 4, "alpha": 8},
+        "aggregate": {"name": "mean", "weights": "uniform"},
+        "evaluate": {"every": ROUNDS, "alone": False},
+        **own,
+    }
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def done(folder: Path, made: Mapping[str, Any]) -> Path:
+    """Run a recipe in a folder, or go on with it."""
+    if not (folder / "recipe.toml").exists():
+        fedllm.run(made, folder)
+    elif "done" not in {event["event"] for event in read_events(folder)}:
+        fedllm.resume(folder)
+    return folder
+
+
+def mean_loss(folder: Path, kind: str = "round") -> float:
+    """Return the mean over the silos of a run's last held-out loss, or of the model it began with."""
+    each = [event["loss"] for event in read_events(folder) if event["event"] == kind and event.get("loss")][-1]
+    return float(sum(each.values()) / len(each))
+
+
+def noise_of(folder: Path) -> float | None:
+    """Return the noise multiplier that a run's recipe came to, where it is the same for all."""
+    found = read_recipe(folder / "recipe.toml").client.get("noise")
+    return None if found is None else round(float(found), 4)
