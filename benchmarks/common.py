@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fedllm
+from fedllm.app.config import Recipe
 from fedllm.core.seeds import derive, generator
 from fedllm.core.types import Dataset, Request, Silo, Tensors
+from fedllm.runtime.store import read_events
 from fedllm.silo.examples import Example
 from fedllm.silo.trainables import lora, parameters, trained
 
@@ -98,3 +101,12 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
     kept = {"command": command, "machine": machine(), **result}
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def done(recipe: Recipe | Mapping[str, Any], folder: Path) -> Path:
+    """Run a recipe in a folder, or go on with the run that is there."""
+    if not (folder / "recipe.toml").is_file():
+        fedllm.run(recipe, folder)
+    elif "done" not in {event["event"] for event in read_events(folder)}:
+        fedllm.resume(folder)
+    return folder

@@ -27,14 +27,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fedllm
-from benchmarks.common import RESULTS, keep, machine
+from benchmarks.common import RESULTS, done, keep, machine
 from benchmarks.privacy_utility import utility
 from fedllm.app.audits.case import open_case
 from fedllm.app.audits.findings import Finding
@@ -42,7 +41,6 @@ from fedllm.app.audits.learned import secrets_kept
 from fedllm.app.audits.updates import attack_updates
 from fedllm.app.progress import Ui
 from fedllm.exchange.accounting import Mechanism, noise_for
-from fedllm.runtime.store import read_events
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SILOS = ("cancergov", "cdc", "gard", "ghr", "mplus", "nhlbi", "niddk", "ninds", "seniorhealth")
@@ -74,15 +72,6 @@ def recipe(source: Path, folder: Path, silos: Sequence[str], **tables: Any) -> d
     }
 
 
-def done(folder: Path, made: Mapping[str, Any]) -> Path:
-    """Run a recipe in a folder, or go on with it."""
-    if not (folder / "recipe.toml").exists():
-        fedllm.run(made, folder)
-    elif "done" not in {event["event"] for event in read_events(folder)}:
-        fedllm.resume(folder)
-    return folder
-
-
 def dp_sgd(noise: float | None, **settings: Any) -> dict[str, Any]:
     """Return a client with record-level noise: so much, or what the target asks for."""
     return {"name": "dp_sgd", "clip": 1.0, **({"noise": noise} if noise else {}), **settings}
@@ -97,7 +86,7 @@ def inversion(data: Path, folder: Path) -> dict[str, Any]:
     summed = {**plain, "transforms": [{"name": "clip", "max_norm": LARGEST}], "secure": {"drop_outs": 1}}
     found = {}
     for name, made in (("plain", plain), ("dp", noised), ("secagg", summed)):
-        case = open_case(done(folder / f"inversion_{name}", made), 0, TRIALS, TOKENS, 0, Ui(None))
+        case = open_case(done(made, folder / f"inversion_{name}"), 0, TRIALS, TOKENS, 0, Ui(None))
         found[name] = attack_updates(case)[0]
     best = {
         "plain": strongest(found["plain"], "one record, plain step"),
@@ -145,7 +134,7 @@ def exposure(data: Path, folder: Path, private: bool) -> dict[str, Any]:
         **({"privacy": {"target_epsilon": EPSILON, "delta": DELTA}} if private else {}),
     )
     kind = "dp" if private else "plain"
-    case = open_case(done(folder / f"exposure_{kind}", made), 0, 2, TOKENS, 0, Ui(None))
+    case = open_case(done(made, folder / f"exposure_{kind}"), 0, 2, TOKENS, 0, Ui(None))
     findings, bound = secrets_kept(case)
     by = {(each.attack, each.case): each.found for each in findings}
     planted, control = by[("exposure", "canaries that were planted")], by[("exposure", "canaries that were not")]

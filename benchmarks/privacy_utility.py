@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import fedllm
+from benchmarks.common import done
 from fedllm.app.config import read_recipe
 from fedllm.runtime.store import read_events
 
@@ -66,7 +66,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
 
 def utility(data: Path, folder: Path) -> dict[str, Any]:
     """Run every kind, or go on with it; return losses and what is kept of the gain without noise."""
-    losses = {name: mean_loss(done(folder / f"utility_{name}", recipe(data, own))) for name, own in KINDS.items()}
+    losses = {name: mean_loss(done(recipe(data, own), folder / f"utility_{name}")) for name, own in KINDS.items()}
     base = mean_loss(folder / "utility_free", "base")
     gain = base - losses["free"]
     kept = {f"gain_kept_{name}": round((base - loss) / gain, 4) for name, loss in losses.items() if name != "free"}
@@ -99,15 +99,6 @@ def recipe(data: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         **own,
     }
     return {key: value for key, value in made.items() if value is not None}
-
-
-def done(folder: Path, made: Mapping[str, Any]) -> Path:
-    """Run a recipe in a folder, or go on with it."""
-    if not (folder / "recipe.toml").exists():
-        fedllm.run(made, folder)
-    elif "done" not in {event["event"] for event in read_events(folder)}:
-        fedllm.resume(folder)
-    return folder
 
 
 def mean_loss(folder: Path, kind: str = "round") -> float:

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import llama
+from benchmarks.common import done, llama
 from fedllm.app.config import read_recipe
-from fedllm.app.progress import Ui
-from fedllm.app.run import resume, run
 from fedllm.core.seeds import generator
 from fedllm.runtime.store import read_events
 from fedllm.silo.candidates import Reader, scores_after
@@ -52,12 +50,7 @@ def black_box_text(data: Path, folder: Path) -> dict[str, Any]:
 def searched(name: str, data: Path, folder: Path) -> dict[str, Any]:
     """Run a recipe, or go on with its run; return accuracy before, federated and alone (each on every silo's text)."""
     recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", [f"data.root='{data / 'polarity'}'"])
-    with Ui(None) as ui:
-        if (folder / "recipe.toml").is_file():
-            resume(folder, ui)
-        else:
-            run(recipe, folder, ui=ui)
-    events = read_events(folder)
+    events = read_events(done(recipe, folder))
     base = next(event for event in events if event["event"] == "base")
     rounds = [event for event in events if event["event"] == "round"]
     last = next(event for event in reversed(rounds) if event.get("accuracy"))

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import done
 from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe
-from fedllm.app.progress import Ui
-from fedllm.app.run import resume, run
 from fedllm.core.seeds import generator
 from fedllm.core.tensors import subtract
 from fedllm.core.types import Request, Silo, Tensors
@@ -75,12 +74,7 @@ def soft(data: Path, folder: Path) -> dict[str, Any]:
 
 def federated(recipe: Recipe, folder: Path) -> Tensors:
     """Run the recipe, or go on with its run, and return what it learned."""
-    with Ui(None) as ui:
-        if (folder / "recipe.toml").is_file():
-            resume(folder, ui)
-        else:
-            run(recipe, folder, ui=ui)
-    kept = load_checkpoint(folder)
+    kept = load_checkpoint(done(recipe, folder))
     assert kept is not None
     return kept.state.params
 
