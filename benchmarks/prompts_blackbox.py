@@ -25,29 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def black_box_soft(data: Path, folder: Path) -> dict[str, Any]:
     """Run the soft prompt's search and each silo's own with the same budget; accuracies are shares."""
-    found = searched("black_box", data, folder)
-    return {
-        "black_box_soft": found["accuracy"],
-        "black_box_soft_alone": found["alone"],
-        "black_box_soft_before": found["zero_shot"],
-        "bytes_black_box": found["bytes"],
-        "seconds": found["seconds"],
-    }
+    return searched("black_box", "black_box_soft", data, folder)
 
 
 def black_box_text(data: Path, folder: Path) -> dict[str, Any]:
     """Run the text prompt's search and each silo's own with the same budget; accuracies are shares."""
-    found = searched("text_prompt", data, folder)
-    return {
-        "black_box_text": found["accuracy"],
-        "black_box_text_alone": found["alone"],
-        "black_box_text_before": found["zero_shot"],
-        "bytes_black_box_text": found["bytes"],
-        "seconds": found["seconds"],
-    }
+    return searched("text_prompt", "black_box_text", data, folder)
 
 
-def searched(name: str, data: Path, folder: Path) -> dict[str, Any]:
+def searched(name: str, key: str, data: Path, folder: Path) -> dict[str, Any]:
     """Run a recipe, or go on with its run; return accuracy before, federated and alone (each on every silo's text)."""
     recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", [f"data.root='{data / 'polarity'}'"])
     events = read_events(done(recipe, folder))
@@ -57,10 +43,10 @@ def searched(name: str, data: Path, folder: Path) -> dict[str, Any]:
     alone = [mean(event["accuracy"]) for event in events if event["event"] == "alone"]
     most = max((event["bytes_up"] + event["bytes_down"]) / max(1, len(event["asked"])) for event in rounds)
     return {
-        "zero_shot": mean(base["accuracy"]),
-        "accuracy": mean(last["accuracy"]),
-        "alone": statistics.mean(alone) if alone else None,
-        "bytes": round(most),
+        key: mean(last["accuracy"]),
+        f"{key}_alone": statistics.mean(alone) if alone else None,
+        f"{key}_before": mean(base["accuracy"]),
+        f"bytes_{name}": round(most),
         "seconds": round(sum(event["seconds"]["train"] for event in rounds)),
     }
 

@@ -16,9 +16,9 @@ from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.run import total_seconds
 from fedllm.app.unlearn import Replay, Wish, last_before, number_of
+from fedllm.audit.forgotten import Known, known, losses
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Tensors
-from fedllm.evaluation.forgotten import Known, known, losses
 from fedllm.runtime.store import load_checkpoint, read_events
 from fedllm.silo.examples import Example, spread
 from fedllm.silo.forget import row_key

@@ -139,10 +139,10 @@ def peft_method(method: str, **config: Any) -> Trainable:
         settings = with_targets(config, model) if aimed else config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
-            # For a model that a method does not fit peft raises whatever it happens to run into; it is told on.
+            # peft checks little beforehand: a setting that it lacks shows as a TypeError in its own code.
             try:
                 return get_peft_model(model, kinds[method](**settings))
-            except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
+            except (ValueError, TypeError, NotImplementedError, ImportError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
     def base(model: Any) -> AbstractContextManager[Any]:

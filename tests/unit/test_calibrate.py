@@ -9,7 +9,6 @@ import torch
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Facts, Reply, Request
-from fedllm.evaluation.forgotten import area, known, standard_error
 from fedllm.exchange.calibrate import calibrate, norm, record_norms
 
 
@@ -44,14 +43,3 @@ def test_behind_a_sum_there_is_nothing_to_record_or_to_scale():
         assert layer.claim(Facts()) == Facts()
         with pytest.raises(FedllmError, match="behind a sum the server sees none"):
             layer.claim(Facts(sees="sum"))
-
-
-def test_the_area_is_the_share_of_pairs_in_order():
-    assert area([2.0, 3.0], [1.0, 2.5]) == 0.75 and area([1.0, 1.0], [1.0]) == 0.5
-    # Hanley and McNeil by hand: Q1 = 0.6, Q2 = 0.643.
-    auc = 0.75
-    by_hand = (auc * 0.25 + 9 * (auc / 1.25 - auc**2) + 19 * (2 * auc**2 / 1.75 - auc**2)) / 200
-    assert standard_error(auc, 10, 20) == pytest.approx(math.sqrt(by_hand))
-    found = known([1.0, 1.0], [3.0], [2.0, 2.0], [3.0])
-    assert found.auc == 1.0 and found.auc_against_base == 1.0 and (found.loss, found.loss_others) == (1.0, 3.0)
-    assert known([2.0], [2.0], [2.0], [2.0]).auc_against_base == 0.5

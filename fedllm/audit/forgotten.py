@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fedllm.audit.intervals import auc
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.objective import Objective
 from fedllm.silo.scoring import log_likelihoods
@@ -41,23 +42,13 @@ def losses(model: nn.Module, examples: Sequence[Example], objective: Objective, 
 
 def known(now: Sequence[float], others: Sequence[float], base: Sequence[float], base_others: Sequence[float]) -> Known:
     """Return what the losses of texts and of others tell, now and before training."""
-    auc = area([-loss for loss in now], [-loss for loss in others])
+    shown = auc([-loss for loss in now], [-loss for loss in others])
     fell, others_fell = (
         [was - loss for was, loss in zip(before, after, strict=True)]
         for before, after in ((base, now), (base_others, others))
     )
     mean, mean_others = (sum(each) / len(each) for each in (now, others))
-    return Known(mean, mean_others, auc, area(fell, others_fell), standard_error(auc, len(now), len(others)))
-
-
-def area(members: Sequence[float], others: Sequence[float]) -> float:
-    """Return the chance that a member's score is above another's; of equal scores half counts.
-
-    >>> area([3.0, 1.0], [0.0, 2.0]), area([1.0], [1.0])
-    (0.75, 0.5)
-    """
-    above = sum((one > other) + 0.5 * (one == other) for one in members for other in others)
-    return above / (len(members) * len(others))
+    return Known(mean, mean_others, shown, auc(fell, others_fell), standard_error(shown, len(now), len(others)))
 
 
 def standard_error(auc: float, members: int, others: int) -> float:
