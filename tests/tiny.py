@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -64,3 +69,14 @@ def tiny_model(vocab: int = 307, seed: int = 0, layers: int = 2, hidden: int = 3
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+def write_model(folder: Path, chat: bool = False) -> None:
+    """Write the tiny model and its tokenizer as one folder."""
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(chat=chat).save_pretrained(folder)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

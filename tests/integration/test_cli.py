@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.app.cli import main
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -37,11 +37,10 @@ b = "b.jsonl"
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a tiny model, the text of two silos and a recipe, to work in."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    write_model(tmp_path / "model", chat=True)
     for name in "ab":
         rows = [{"prompt": f"{name} {i}?", "response": f"the cat sat {i}"} for i in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "tiny.toml").write_text(RECIPE)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')

@@ -17,7 +17,7 @@ from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.runtime.line import Aborted, Line
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model
 
 TEXT = "the cat sat on the mat and the dog did not but it was there as well"
 WORDS = TEXT.split()
@@ -28,8 +28,7 @@ SHARED = [f"Everyone has the text number {number}, word for word." for number in
 def place(tmp_path_factory):
     """A folder with a model, two silos' text of which some is the same, and general text."""
     place = tmp_path_factory.mktemp("work")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+    write_model(place / "model")
     for step, name in enumerate(("a", "b"), 3):
         own = [" ".join(WORDS[(i * 5 + j * step) % len(WORDS)] for j in range(20)) + f" {name}{i}" for i in range(24)]
         spelled = [text.upper() if name == "b" else text for text in SHARED]

@@ -17,17 +17,16 @@ from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.plan import size
 from fedllm.core.types import Request
 from fedllm.runtime.store import read_events
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("availability")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+    write_model(place / "model")
     for name in "abc":
         rows = [{"text": f"{name} {i}: the cat sat on the mat and the answer is {i}"} for i in range(30)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     return place
 
 

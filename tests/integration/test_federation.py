@@ -18,7 +18,7 @@ from fedllm.federation.audit import verify
 from fedllm.runtime.line import Aborted, Line, Unreachable
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 NAMES = ["a", "b", "c"]
 
@@ -27,11 +27,10 @@ NAMES = ["a", "b", "c"]
 def place(tmp_path_factory):
     """A folder with a model and three sites' text."""
     place = tmp_path_factory.mktemp("federation")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    write_model(place / "model", chat=True)
     for number, name in enumerate(NAMES):
         rows = [{"frage": f"{name} {i}?", "response": f"the cat sat {i * (number + 2)}"} for i in range(14 + number)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     return place
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 
 import psutil
@@ -17,17 +16,16 @@ from fedllm.app.progress import Ui
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.types import Request
 from fedllm.runtime.store import load_checkpoint, read_events
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+    write_model(place / "model")
     for name in "ab":
         rows = [{"text": f"{name} {i}: " + "the cat sat on the mat " * (1 + i % 3)} for i in range(12)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     return place
 
 

@@ -19,7 +19,7 @@ from fedllm.runtime.store import load_checkpoint, read_events
 from fedllm.silo import endpoint
 from tests.endpoints import served, tiny_app
 from tests.federations import desks, line_to, make_site
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model
 
 WORDS = {"0": "negative", "1": "positive"}
 METHODS = {
@@ -33,8 +33,7 @@ METHODS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("asking")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer(chat=True).save_pretrained(folder / "model")
+    write_model(folder / "model", chat=True)
     for name in "ab":
         rows = [{"text": f"the {'cat' if i % 2 else 'mat'} {name} {i}", "label": str(i % 2)} for i in range(12)]
         write_rows(folder / f"{name}.jsonl", rows)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -15,11 +14,10 @@ def test_the_example_runs_and_is_twelve_lines(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     statements = [line for line in example.splitlines() if line.strip() and not line.startswith("import")]
     assert len(statements) == 12
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    write_model(tmp_path / "model", chat=True)
     for name in "ab":
         rows = [{"prompt": f"what is {name} {i}", "response": f"it is number {i}"} for i in range(12)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     monkeypatch.chdir(tmp_path)
     exec(compile(example.replace("smollm2-135m-instruct", "model"), "README.md", "exec"), {})
     assert "3 {'train_loss.a'" in capsys.readouterr().out

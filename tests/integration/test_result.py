@@ -18,7 +18,7 @@ from fedllm.app.export import export_run
 from fedllm.app.result import open_result
 from fedllm.core.errors import FedllmError
 from fedllm.silo.templates import Turn
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer, write_model, write_rows
 
 WORDS = ["cat", "mat", "sun", "sea", "red", "tin", "owl", "bee"]
 
@@ -27,11 +27,10 @@ WORDS = ["cat", "mat", "sun", "sea", "red", "tin", "owl", "bee"]
 def made(tmp_path_factory):
     """A folder with the tiny model, two silos' text, and one small run of them."""
     place = tmp_path_factory.mktemp("made")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    write_model(place / "model", chat=True)
     for name in "ab":
         rows = [{"prompt": f"{name} {i}?", "response": f"the {WORDS[i % 8]} sat {i}"} for i in range(40)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     fedllm.app.run.run(recipe(place), place / "run")
     return place
 

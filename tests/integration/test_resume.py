@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 from safetensors import deserialize
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 KILLS = 10
 HEAVY = ["fedllm.app.run", "fedllm.app.report.page", "transformers.models.llama.modeling_llama", "datasets", "peft"]
@@ -29,11 +29,10 @@ HEAVY = ["fedllm.app.run", "fedllm.app.report.page", "transformers.models.llama.
 
 @pytest.fixture
 def place(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    write_model(tmp_path / "model", chat=True)
     for name in "abc":
         rows = [{"prompt": f"{name} {i}?", "response": f"the cat sat {i}"} for i in range(30)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     return tmp_path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from safetensors.torch import load_file
 
@@ -16,7 +14,7 @@ from fedllm.runtime.line import Line, Unreachable
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site
 from tests.integration.test_federation import federate
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 NAMES = ["a", "b", "c", "d"]
 INSISTS = "secure_aggregation = true\nclip = 0.1\n"
@@ -25,11 +23,10 @@ INSISTS = "secure_aggregation = true\nclip = 0.1\n"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("secure")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    write_model(place / "model", chat=True)
     for number, name in enumerate(NAMES):
         rows = [{"prompt": f"{name} {i}?", "response": f"the cat sat {i * (number + 2)}"} for i in range(14 + number)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     return place
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +10,7 @@ from fedllm.app.progress import Ui
 from fedllm.app.run import resume, run
 from fedllm.core.errors import Interrupted
 from fedllm.runtime.store import read_events
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 SECRET = b"r" * 32
 
@@ -20,11 +18,10 @@ SECRET = b"r" * 32
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    write_model(place / "model", chat=True)
     for name in "abcd":
         rows = [{"prompt": f"{name} {i}?", "response": f"the cat sat {i}"} for i in range(16)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     return place
 
 

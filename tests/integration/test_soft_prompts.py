@@ -18,7 +18,7 @@ from fedllm.app.run import resume, run
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.runtime.store import load_checkpoint, read_events
 from tests.federations import desks, line_to, make_site
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 NAMES = ["a", "b"]
 KINDS = {
@@ -33,11 +33,10 @@ NOISY = {"name": "dp_sgd", "steps": 2, "batch_size": 4, "clip": 1.0, "noise": 1.
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("prompts")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+    write_model(place / "model")
     for number, name in enumerate(NAMES):
         rows = [{"text": f"{name} {i * (number + 2)}", "label": "10"[i % 3 == number]} for i in range(16)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     return place
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fedllm.app.config import read_recipe
 from fedllm.app.run import run as run_here
 from tests.networks import Slow, machines, on
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model, write_rows
 
 pytest.importorskip("nvflare", reason="the extra fedllm[federation] is not installed")
 
@@ -44,11 +44,10 @@ batch_size = 2
 
 def prepare(place: Path) -> None:
     """What is there before: a base model that everybody has, each site's text, and a recipe."""
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    write_model(place / "model", chat=True)
     for number, name in enumerate(SITES):
         rows = [{"prompt": f"{name} {i}?", "response": f"the cat sat {i * (number + 2)}"} for i in range(14 + number)]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(place / f"{name}.jsonl", rows)
     (place / "recipe.toml").write_text(RECIPE.format(model=place / "model"))
 
 

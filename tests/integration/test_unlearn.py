@@ -16,7 +16,7 @@ from fedllm.app.run import run
 from fedllm.app.unlearn import Wish, unlearn
 from fedllm.core.errors import FedllmError
 from fedllm.runtime.store import load_checkpoint, read_events
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import write_model
 
 NAMES = "abc"
 
@@ -32,8 +32,7 @@ def write_rows(path, rows):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("unlearn")
-    tiny_model().save_pretrained(place / "model")
-    tiny_tokenizer(chat=True).save_pretrained(place / "model")
+    write_model(place / "model", chat=True)
     for name in NAMES:
         write_rows(place / f"{name}.jsonl", rows_of(name))
         write_rows(place / f"{name}-test.jsonl", rows_of(f"test {name}", 4))

@@ -29,7 +29,7 @@ from fedllm.silo.objective import causal_loss
 from fedllm.silo.trainables import full, lora, parameters, trained
 from fedllm.silo.training import local_training
 from tests.messages import pack_reply, pack_request, unpack_reply, unpack_request
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, write_model, write_rows
 
 VOCABULARY, PAD, SEED = 64, 0, 11
 NAMES = ["a", "b", "c"]
@@ -223,11 +223,10 @@ def test_a_cohort_with_fragments_and_kept_optimisers_is_its_clients_one_by_one()
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    write_model(folder / "model")
     for name in "ab":
         rows = [{"text": f"{name} says that the cat sat on mat number {n}"} for n in range(24)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 

@@ -11,7 +11,7 @@ import fedllm
 from fedllm.app.build import build
 from fedllm.app.config import read_recipe, read_toml
 from fedllm.app.plan_view import plan_lines
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "fedllm" / "app" / "quickstart.toml"]
@@ -34,7 +34,7 @@ def tiny_recipe(path: Path, model: Path, folder: Path):
         rows = [{**row, "text": f"{row['prompt']}? {row['response']}."} for row in rows]
         labels = list(table["task"].get("words", ["positive", "negative"]))
         rows = [{**row, "label": labels[i % len(labels)], "answer": f"{i}"} for i, row in enumerate(rows)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     table["silos"] = {name: f"{name}.jsonl" for name in names}
     table.pop("partition", None)
     if "scratch" in table:
