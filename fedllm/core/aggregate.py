@@ -1,4 +1,4 @@
-"""The weighted mean of updates as a fold: one update's memory, and the same bits in any order of arrival."""
+"""The weighted mean of updates as a fold: a few MB beside the sums, and the same bits in any order of arrival."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.tensors import pieces, whole_again
 from fedllm.core.types import Aggregator, Facts, Tensors
 
+HELD = 8 << 20
+"""Bytes of updates that wait to be added in one pass over the sums, which training has driven out of the cache."""
+
 
 class Total(NamedTuple):
     """A running weighted sum in two float64 words a value, so that order leaves no trace.
@@ -20,7 +23,8 @@ class Total(NamedTuple):
     That is about 106 bits: enough for float32 updates whose values at one place differ by up to some
     20 orders of magnitude.
 
-    Values lie in pieces, in the order of the names of `like`; `spare` has a row for each size of piece.
+    Values lie in pieces, in the order of the names of `like`; `spare` has a row for each size of piece. The sums lack
+    the updates that are `waiting`.
     """
 
     high: list[Tensor]
@@ -29,6 +33,7 @@ class Total(NamedTuple):
     scratch: Tensor
     like: Tensors
     weight: Fraction
+    waiting: list[tuple[Tensors, float]]
 
 
 def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, spare: Tensor, scratch: Tensor) -> None:
@@ -49,6 +54,18 @@ def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, spare: 
     low.add_(high.sub_(kept).sub_(x))
 
 
+def add_waiting(total: Total) -> None:
+    """Add the updates that wait to the sums, and let them go."""
+    high, low, spare = total.high, total.low, total.spare
+    cut = zip(*(pieces([update[name] for name in total.like]) for update, _ in total.waiting), strict=True)
+    for place, row in enumerate(cut):
+        for piece, (_, share) in zip(row, total.waiting, strict=True):
+            size = piece.numel()
+            add_exactly(high[place], low[place], piece, share, spare[size], total.scratch)
+            high[place], spare[size] = spare[size], high[place]
+    total.waiting.clear()
+
+
 def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
     """Average the updates, weighted by each silo's number of `examples` or all alike (`uniform`).
 
@@ -61,20 +78,19 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         shapes = [torch.zeros_like(piece, dtype=torch.float64) for piece in pieces(like.values())]
         spare = {piece.numel(): torch.empty_like(piece) for piece in shapes}
         scratch = torch.empty(2, max(spare), dtype=torch.float64, device=shapes[0].device)
-        return Total(shapes, [piece.clone() for piece in shapes], spare, scratch, like, Fraction(0))
+        return Total(shapes, [piece.clone() for piece in shapes], spare, scratch, like, Fraction(0), [])
 
     def add(total: Total, update: Tensors, weight: float) -> Total:
         share = 1.0 if weights == "uniform" else weight
         if not (math.isfinite(share) and share > 0):
             raise ValueError(f"a weight must be finite and positive, not {share}")
-        high, low, spare = total.high, total.low, total.spare
-        for place, piece in enumerate(pieces(update[name] for name in total.like)):
-            size = piece.numel()
-            add_exactly(high[place], low[place], piece, share, spare[size], total.scratch)
-            high[place], spare[size] = spare[size], high[place]
+        total.waiting.append((update, share))
+        if sum(value.nbytes for value in update.values()) * len(total.waiting) >= HELD:
+            add_waiting(total)
         return total._replace(weight=total.weight + Fraction(share))
 
     def done(total: Total) -> dict[str, Tensor]:
+        add_waiting(total)
         whole = float(total.weight)
         averages = (high.add(low).div_(whole) for high, low in zip(total.high, total.low, strict=True))
         return whole_again(averages, total.like)

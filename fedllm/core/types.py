@@ -190,9 +190,9 @@ class Middleware(NamedTuple):
 
 
 class Aggregator(NamedTuple):
-    """A fold over updates: streams, takes any order, and holds the memory of one update.
+    """A fold over updates: streams, takes any order, and holds the memory of one update or of a few small ones.
 
-    `add(total, update, weight)` may reuse the memory of `total`, never that of `update`.
+    `add(total, update, weight)` may reuse the memory of `total`, never that of `update`, which nobody changes afterwards.
     """
 
     name: str

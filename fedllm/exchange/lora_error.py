@@ -18,7 +18,8 @@ from fedllm.core.types import Facts, Probe, Scalars, Tensors
 COLUMNS = 16
 
 TOGETHER = 32
-"""Rounds of up to so many clients are looked at exactly, their updates held; larger ones through random columns."""
+"""Rounds of up to so many clients are looked at exactly, their updates held; larger ones through random columns, so
+many clients in one pass."""
 
 
 class Group(NamedTuple):
@@ -65,16 +66,14 @@ def lora_error(weights: str = "examples") -> Probe:
     def add(look: Look, update: Tensors, weight: float) -> Look:
         share = weight if weights == "examples" else 1.0
         look.waiting.append((update, share))
-        if not look.groups and len(look.waiting) > TOGETHER:
-            look.groups.extend(grouped(look.start))
-        if look.groups:
-            for held, its_share in look.waiting:
-                for group in look.groups:
-                    sketch(group, held, its_share)
-            look.waiting.clear()
+        if len(look.waiting) > TOGETHER:
+            look.groups.extend(() if look.groups else grouped(look.start))
+            sketch_waiting(look)
         return look._replace(weight=look.weight + share)
 
     def done(look: Look) -> Scalars:
+        if look.groups:
+            sketch_waiting(look)
         off, whole = estimated(look) if look.groups else exact(look)
         return {"aggregation_error": (off / whole) ** 0.5 if whole else 0.0}
 
@@ -147,6 +146,14 @@ def grouped(start: Tensors) -> list[Group]:
         sums = (seen_LRS.new_zeros(*part.shape[:2], COLUMNS + rank) for part in (seen_LRS, b_LOR))
         groups.append(Group(names, sketch_IS, seen_LRS, b_LOR, *sums))
     return groups
+
+
+def sketch_waiting(look: Look) -> None:
+    """Add the waiting clients to the sums of all groups, and let them go."""
+    for group in look.groups:
+        for update, share in look.waiting:
+            sketch(group, update, share)
+    look.waiting.clear()
 
 
 def sketch(group: Group, update: Tensors, share: float) -> None:
