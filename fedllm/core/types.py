@@ -192,7 +192,7 @@ class Middleware(NamedTuple):
 class Aggregator(NamedTuple):
     """A fold over updates: streams, takes any order, and holds the memory of one update or of a few small ones.
 
-    `add(total, update, weight)` may reuse the memory of `total`, never that of `update`, which nobody changes afterwards.
+    `add(total, update, weight)` may reuse the memory of `total`, never that of `update`, which nobody changes later.
     """
 
     name: str
