@@ -1,7 +1,9 @@
 """What the server of a full-weights DiLoCo run holds at most, in float32 models, over 2, 8 and 32 silos.
 
-Each count runs in a process of its own. Two rounds of a model of 20 M values, whose replies are files as those of sites
-are, with Nesterov's momentum and a checkpoint after each; counted is what comes on top of Python and torch.
+Each count runs in a process of its own. Two rounds of a model of 20 M values in 40 tensors, whose replies are files as
+those of sites are, with Nesterov's momentum and a checkpoint after each; counted is what comes on top of Python and
+torch. Replies stay in their files and are summed tensor by tensor, as those of a large model, or are read and added as
+they come, as small ones are; also where only a quarter of the model has its turn in a round, as a fragment.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from fedllm.core.aggregate import mean
 from fedllm.core.optimisers import nesterov
 from fedllm.core.round import averaging
 from fedllm.core.types import Reply, Request, Work
+from fedllm.exchange.fragments import fragments
 from fedllm.federation.serve import GIVEN_BACK
-from fedllm.runtime.spool import load_message, save_message
+from fedllm.runtime.spool import load_message, open_message, save_message
 from fedllm.runtime.store import Checkpoint, save_checkpoint
 
 VALUES, TENSORS = 20_000_000, 40
 COUNTS = (2, 8, 32)
+FRAGMENTS = 4
 
 
 def peak() -> float:
@@ -40,25 +44,34 @@ def now() -> float:
     return int(told.read_text().split()[1]) * resource.getpagesize() if told.exists() else peak()
 
 
-def rounds(count: int) -> None:
-    """Run two rounds with so many silos and print the peak in bytes, of the rounds and with the checkpoints."""
+def rounds(count: int, how: str) -> None:
+    """Run two rounds with so many silos and print the peak in bytes, of the rounds and with the checkpoints.
+
+    Replies stay in their `files` or come in `memory`; or they are files of `fragments`.
+    """
     names = [f"silo_{number}" for number in range(count)]
     algorithm = averaging(
         work=Work(lambda request, silo: (Reply("", 0, {}, 1.0), {})),
         select=lambda number: names,
         aggregate=mean(),
         optimiser=nesterov(),
+        share=fragments(FRAGMENTS) if how == "fragments" else None,
     )
     with TemporaryDirectory() as apart:
         place = Path(apart)
         shape = VALUES // TENSORS
-        save_message(place / "reply", {f"layer_{i}": torch.full((shape,), 1e-3) for i in range(TENSORS)}, {})
+        parts = FRAGMENTS if how == "fragments" else 1
+        for part in range(parts):
+            sent = {f"layer.{i}.x": torch.full((shape,), 1e-3) for i in range(TENSORS) if i % parts == part}
+            save_message(place / f"reply-{part}", sent, {})
+        del sent
         before = now()
-        state = algorithm.init({f"layer_{i}": torch.zeros(shape) for i in range(TENSORS)})
+        state = algorithm.init({f"layer.{i}.x": torch.zeros(shape) for i in range(TENSORS)})
 
         def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
+            read = load_message if how == "memory" else open_message
             for request in requests:
-                yield Reply(request.client, request.round, load_message(place / "reply")[0], 1.0)
+                yield Reply(request.client, request.round, read(place / f"reply-{request.round % parts}")[0], 1.0)
 
         for _ in range(2):
             state, _ = algorithm.server(state, exchange)
@@ -68,9 +81,9 @@ def rounds(count: int) -> None:
         print(computed, peak() - before)
 
 
-def child(count: int, env: Mapping[str, str]) -> list[float]:
+def child(count: int, how: str, env: Mapping[str, str] = GIVEN_BACK) -> list[float]:
     """Return what `rounds` prints in a process of its own, in float32 models."""
-    command = [sys.executable, "-m", "benchmarks.server_memory", str(count)]
+    command = [sys.executable, "-m", "benchmarks.server_memory", str(count), how]
     env = {**os.environ, **env}
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-2:]
     return [round(float(each) / (4 * VALUES), 2) for each in said]
@@ -78,15 +91,18 @@ def child(count: int, env: Mapping[str, str]) -> list[float]:
 
 def main() -> None:
     """Measure every count, print and keep what came out."""
-    if len(sys.argv) == 2:
-        rounds(int(sys.argv[1]))
+    if len(sys.argv) == 3:
+        rounds(int(sys.argv[1]), sys.argv[2])
         return
-    found = {count: child(count, GIVEN_BACK) for count in COUNTS}
-    usual = child(COUNTS[0], {})
-    for count, (computed, stored) in found.items():
-        print(f"{count} silos: {computed} models in the rounds, {stored} with the checkpoints")
-    print(f"{COUNTS[0]} silos: {usual[1]} models where the C library keeps what is free")
-    result = {f"models_{count}": stored for count, (_, stored) in found.items()}
+    found = {(count, how): child(count, how) for count in COUNTS for how in ("files", "memory")}
+    found[COUNTS[-1], "fragments"] = child(COUNTS[-1], "fragments")
+    usual = child(COUNTS[0], "files", {})
+    for (count, how), (computed, stored) in found.items():
+        print(f"{count} silos, {how}: {computed} models in the rounds, {stored} with the checkpoints")
+    print(f"{COUNTS[0]} silos, files: {usual[1]} models where the C library keeps what is free")
+    result = {f"models_{count}": found[count, "files"][1] for count in COUNTS}
+    result |= {f"models_{count}_in_memory": found[count, "memory"][1] for count in COUNTS}
+    result |= {"models_fragments": found[COUNTS[-1], "fragments"][1], "largest_tensor": 1 / TENSORS}
     keep("server_memory", {**result, "models_usual_malloc": usual[1]})
 
 

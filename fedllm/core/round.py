@@ -9,14 +9,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from fedllm.core.by_tensor import patient, step, those_aside_last
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedavg
 from fedllm.core.seeds import derive
-from fedllm.core.tensors import below, require_like, under
+from fedllm.core.tensors import below, require_like, require_shapes, under
 from fedllm.core.types import (
     Aggregator,
     Algorithm,
+    Aside,
     Claim,
     Client,
     Cohort,
@@ -71,7 +74,7 @@ def averaging(
         FedllmError: from the round, when clients were asked and no reply could be used, unless a middleware lost all.
     """
     optimiser, share = optimiser or fedavg(), share or everything()
-    work = share.work(work)
+    work, fold = share.work(work), patient(aggregate)
 
     def init(params: Tensors) -> State:
         return State(0, dict(params), dict(optimiser.init(params)), {})
@@ -90,10 +93,19 @@ def averaging(
         for layer in reversed(middleware):
             exchange = layer.exchange(exchange)
 
-        total, looks = aggregate.zero(like), [probe.zero(like) for probe in probes]
+        total, looks = fold.zero(like), [probe.zero(like) for probe in probes]
         waiting, weight, report, heard = set(asked), 0.0, dict[str, float | str](), False
         unsummed: Mapping[str, str] = {}
-        for reply in exchange(requests) if requests else ():
+
+        def usable(reply: Reply) -> bool:
+            try:
+                accept(reply, state.round, waiting, now, stages)
+            except Refused:
+                return False
+            return True
+
+        replies = exchange(requests) if requests else iter(())
+        for reply in those_aside_last(replies, usable) if apart(now) else replies:
             heard = True
             members, unsummed = set(reply.of) or {reply.client}, {**unsummed, **reply.lost}
             if reply.lost and not reply.of:
@@ -104,7 +116,7 @@ def averaging(
                 report |= {f"dropped.{name}": str(problem) for name in members}
                 continue
             waiting -= members
-            total = aggregate.add(total, update, reply.weight)
+            total = fold.add(total, update, reply.weight)
             looks = [probe.add(look, update, reply.weight) for probe, look in zip(probes, looks, strict=True)]
             weight += reply.weight
             report |= {f"{key}.{reply.client}": value for key, value in reply.scalars.items()}
@@ -124,14 +136,17 @@ def averaging(
         if not answered and not always:
             return state._replace(round=state.round + 1, transforms=memory), report
 
-        mean = aggregate.done(total) if answered else {name: torch.zeros_like(value) for name, value in like.items()}
-        # It is the largest thing that a server holds, and the step makes another model.
-        del total
-        cut = Cut(state.round, answered, weight)
-        for label, transform in reversed(list(zip(labels, now, strict=True))):
-            mean, kept = transform.finish(mean, below(label, memory), cut)
-            memory |= under(label, kept)
-        params, optimiser_state = optimiser.step(state.params, mean, state.optimiser)
+        mean = fold.done(total) if answered else {name: torch.zeros_like(value) for name, value in like.items()}
+        # The sum is the largest thing that a server holds, and the others have tensors that the step replaces.
+        del total, like, requests
+
+        def finish(mean: Tensors) -> Tensors:
+            for label, transform in reversed(list(zip(labels, now, strict=True))):
+                mean, kept = transform.finish(mean, below(label, memory), Cut(state.round, answered, weight))
+                memory.update(under(label, kept))
+            return mean
+
+        params, optimiser_state = step(optimiser, mean, state, finish)
         for probe, look in zip(probes, looks, strict=True):
             report |= probe.done(look)
         return State(state.round + 1, params, optimiser_state, memory), report
@@ -214,7 +229,10 @@ def accept(
     transforms: Sequence[Transform],
     stages: Sequence[Tensors],
 ) -> Tensors:
-    """Return the decoded update of a reply, or raise `Refused`; nothing in a reply is trusted."""
+    """Return the decoded update of a reply, or raise `Refused`; nothing in a reply is trusted.
+
+    What lies outside of memory stays there, unless a transform needs more of it at once than a tensor.
+    """
     if not set(reply.of or [reply.client]) <= waiting:
         raise Refused("it was not asked, or has answered already")
     if reply.round != round_number:
@@ -224,14 +242,49 @@ def accept(
     for key, value in reply.scalars.items():
         if not math.isfinite(value):
             raise Refused(f"its '{key}' is {value}")
-    require_like(reply.tensors, stages[-1])
+    if isinstance(reply.tensors, Aside) and apart(transforms):
+        return decoded_aside(reply.tensors, reply, transforms, stages)
+    return decode_all(dict(reply.tensors), transforms, stages)
+
+
+def apart(transforms: Sequence[Transform]) -> bool:
+    """Return whether what came can be decoded, and the aggregate finished, tensor by tensor."""
+    return all(transform.apart for transform in transforms)
+
+
+def decode_all(sent: Tensors, transforms: Sequence[Transform], stages: Sequence[Tensors]) -> Tensors:
+    """Return the update that was sent, or raise `Refused`."""
+    require_like(sent, stages[-1])
     # Sums over all tensors need one order, to the last bit; a wire has its own.
-    update: Tensors = {name: reply.tensors[name] for name in stages[-1]}
+    update: Tensors = {name: sent[name] for name in stages[-1]}
     for transform, like in zip(reversed(transforms), reversed(stages[:-1]), strict=True):
         update = transform.decode(update, like)
     if transforms:
         require_like(update, stages[0])
     return update
+
+
+def decoded_aside(sent: Aside, reply: Reply, transforms: Sequence[Transform], stages: Sequence[Tensors]) -> Aside:
+    """Return the update that was sent, which stays where it is, or raise `Refused`; every tensor is looked at."""
+    require_shapes(sent.like, stages[-1])
+
+    def read(name: str) -> Tensor:
+        own = wire_stages(transforms, {name: stages[0][name]})
+        return decode_all({each: sent[each] for each in own[-1]}, transforms, own)[name]
+
+    def read_again(name: str) -> Tensor:
+        try:
+            return read(name)
+        except Refused as problem:
+            # Other tensors of it may be in the parameters by now.
+            raise FedllmError(
+                f"Round {reply.round + 1} ended while it was added up: the reply of '{reply.client}' is not what it "
+                f"was ({problem}); see that the disk it waits on is sound, then resume the run."
+            ) from problem
+
+    for name in stages[0]:
+        read(name)
+    return Aside(stages[0], read_again)
 
 
 def encode_all(reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform]) -> tuple[Reply, Tensors]:

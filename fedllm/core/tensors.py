@@ -90,8 +90,8 @@ def below(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
-def require_like(tensors: Tensors, like: Tensors) -> None:
-    """Raise `Refused` unless names, shapes and dtypes are those of `like`, and every number and norm is finite."""
+def require_shapes(tensors: Tensors, like: Tensors) -> None:
+    """Raise `Refused` unless names, shapes and dtypes are those of `like`; looks at no number."""
     if tensors.keys() != like.keys():
         missing, extra = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
         raise Refused(f"wrong names: {len(missing)} missing {missing[:2]}, {len(extra)} unknown {extra[:2]}")
@@ -101,6 +101,11 @@ def require_like(tensors: Tensors, like: Tensors) -> None:
             raise Refused(f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
         if value.dtype != expected.dtype:
             raise Refused(f"'{name}' has dtype {value.dtype}, expected {expected.dtype}")
+
+
+def require_like(tensors: Tensors, like: Tensors) -> None:
+    """Raise `Refused` unless names, shapes and dtypes are those of `like`, and every number and norm is finite."""
+    require_shapes(tensors, like)
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
     # One look at the norms finds every value that is not finite, and those so large that nothing can be reckoned with.
     norms = list(torch._foreach_norm(list(floats.values()))) if floats else []

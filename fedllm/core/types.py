@@ -29,6 +29,31 @@ Dataset: TypeAlias = Mapping[str, Sequence[Any]]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+class Aside(Mapping[str, Tensor]):
+    """Tensors that lie outside of memory, such as in a file: each is read anew whenever it is asked for.
+
+    `like` has their names, shapes and dtypes without the numbers. `read` raises `Refused` where what lies there cannot
+    be read, or is not what it was.
+    """
+
+    def __init__(self, like: Tensors, read: Callable[[str], Tensor]) -> None:
+        self.like, self._read = like, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.like:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.like
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+
 class Request(NamedTuple):
     """What a server asks of one client: do `op` with these tensors."""
 
@@ -164,6 +189,8 @@ class Transform(NamedTuple):
     """Where the server's half depends on what it remembers: from that to the transform of this one round."""
     summable: bool = False
     """Whether `decode` of a mean of what travels is the mean of what `decode` makes of each."""
+    apart: bool = False
+    """Whether a tensor alone is encoded, decoded and finished as it is among others."""
 
 
 def nothing_lost(number: int, client: str) -> str | None:
@@ -193,6 +220,7 @@ class Aggregator(NamedTuple):
     """A fold over updates: streams, takes any order, and holds the memory of one update or of a few small ones.
 
     `add(total, update, weight)` may reuse the memory of `total`, never that of `update`, which nobody changes later.
+    Law: one tensor after the other comes to the same.
     """
 
     name: str
@@ -213,7 +241,10 @@ class Probe(NamedTuple):
 
 
 class ServerOptimizer(NamedTuple):
-    """Applies the aggregate as a pseudo-gradient (start - end): `step(params, mean, state)`."""
+    """Applies the aggregate as a pseudo-gradient (start - end): `step(params, mean, state)`.
+
+    Law: one tensor after the other, each with its part of the state as `init` names it, comes to the same.
+    """
 
     name: str
     init: Callable[[Tensors], Tensors]
@@ -261,7 +292,10 @@ class Step(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """A federated algorithm: three functions and, where it can, its clients as one batch."""
+    """A federated algorithm: three functions and, where it can, its clients as one batch.
+
+    `server` may use up the state that it is given, tensor by tensor: only the one that it returns is gone on with.
+    """
 
     init: Callable[[Tensors], State]
     client: Client

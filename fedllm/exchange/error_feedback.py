@@ -79,7 +79,7 @@ def tensorwise(codec: Codec, feedback: float) -> Transform:
         require_like(update, like)
         return update
 
-    return Transform(codec.name, encode, decode, claim=unbounded if feedback else unchanged)
+    return Transform(codec.name, encode, decode, claim=unbounded if feedback else unchanged, apart=True)
 
 
 def unbounded(facts: Facts) -> Facts:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fedllm.core.types import Exchange, Reply, Request
+from fedllm.core.types import Aside, Exchange, Reply, Request
 from fedllm.runtime.wire import message_bytes, reply_head, request_head
 
 
@@ -43,7 +43,8 @@ def metered(exchange: Exchange, traffic: Traffic) -> Exchange:
         replies, begun = exchange(requests), time.perf_counter()
         for reply in replies:
             traffic.seconds += time.perf_counter() - begun
-            traffic.count(reply.client, 0, message_bytes(reply.tensors, reply_head(reply)))
+            sent = reply.tensors.like if isinstance(reply.tensors, Aside) else reply.tensors
+            traffic.count(reply.client, 0, message_bytes(sent, reply_head(reply)))
             yield reply
             begun = time.perf_counter()
         traffic.seconds += time.perf_counter() - begun

@@ -20,7 +20,7 @@ from fedllm.core.types import Exchange, Reply, Request
 from fedllm.runtime.errand import finished, greet, promised
 from fedllm.runtime.line import Aborted, Line, Unreachable
 from fedllm.runtime.meter import Traffic
-from fedllm.runtime.spool import Stored, load_message, save_message
+from fedllm.runtime.spool import Stored, open_message, save_message
 from fedllm.runtime.store import on_disk
 from fedllm.runtime.transfer import FIRST, Ended, Link, fetch, plain, send
 from fedllm.runtime.wire import reply_of
@@ -32,10 +32,15 @@ ATTEMPTS = 10
 """Times that a site may lose a request or its tensors before the request is given up."""
 
 
+LARGE = 1 << 25
+"""Bytes above which what a site is sent, or sends, is of a large model: its reply is not read but stays in its file."""
+
+
 class Arrived(NamedTuple):
-    """A reply's file, the request that it answers, and whom to tell when it is taken."""
+    """A reply's file, the request that it answers, the bytes of that, and whom to tell when it is taken."""
 
     request: Request
+    sent: int
     file: Stored
     taken: Event
 
@@ -57,8 +62,9 @@ def remote(
     `spool` is a folder of its own for the files on their way. `largest` is the most bytes that a reply's file may
     have. A site is given up when nothing moved for `patience` seconds (and one call), or when its work, though it
     answers, made no step for `stall` seconds; at the next exchange one short `ping` says whether it is back. At most
-    `parallel` sites send or fetch at once, and as many replies wait on disk; one is in memory. `note(site, sentence)`
-    and `progress(site, what)` are called from threads, one at a time; bytes are counted over the exchange's life.
+    `parallel` sites send or fetch at once; one reply is in memory, and large ones stay on disk for as long as they are
+    used. `note(site, sentence)` and `progress(site, what)` are called from threads, one at a time; bytes are counted
+    over the exchange's life.
 
     Raises:
         Aborted: from the exchange, when the engine ended the run.
@@ -95,7 +101,8 @@ def remote(
         had.add((link.site, stored.key))
         key, size = promised(answer, largest if isinstance(largest, int) else largest(request))
         with slot(link, slots):
-            item = Arrived(request, fetch(link, key, size, spool / f"reply-{file_name(link.site, key)}"), Event())
+            file = fetch(link, key, size, spool / f"reply-{file_name(link.site, key)}")
+            item = Arrived(request, stored.size, file, Event())
             tell(link.site, "done", {})
             arrived.put(item)
             while not item.taken.wait(0.2):
@@ -167,9 +174,9 @@ def remote(
 
 
 def taken(item: Arrived, fail: Callable[[str, Exception], None]) -> Iterator[Reply]:
-    """Yield the reply in a file, or nothing if it is not one to this request; the file is gone then."""
+    """Yield the reply in a file, or nothing if it is not one to this request; the file's name is gone then."""
     try:
-        replies = [read_reply(item.file.path, item.request)]
+        replies = [read_reply(item)]
     except Refused as problem:
         fail(item.request.client, problem)
         replies = []
@@ -180,10 +187,12 @@ def taken(item: Arrived, fail: Callable[[str, Exception], None]) -> Iterator[Rep
         yield replies.pop()
 
 
-def read_reply(path: Path, request: Request) -> Reply:
+def read_reply(item: Arrived) -> Reply:
     """Return the reply in a file; raise `Refused` unless it is one of the asked client in the asked round."""
+    request = item.request
     try:
-        reply = reply_of(*load_message(path))
+        tensors, head = open_message(item.file.path)
+        reply = reply_of(tensors if max(item.sent, item.file.size) > LARGE else dict(tensors), head)
     except Refused as problem:
         raise Refused(plain(str(problem))) from problem
     if (reply.client, reply.round) != (request.client, request.round):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedllm.core.errors import Refused
-from fedllm.core.types import Tensors
+from fedllm.core.types import Aside, Tensors
 from fedllm.runtime.line import LARGEST_HEAD
 from fedllm.runtime.wire import CODES
 
@@ -47,28 +50,73 @@ def save_message(path: Path, tensors: Tensors, head: Mapping[str, Any]) -> Store
 
 def load_message(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors, in the order they had, and the head of a message; raise `Refused` if it is none."""
+    tensors, head = open_message(path)
+    return dict(tensors), head
+
+
+def open_message(path: Path) -> tuple[Aside, dict[str, Any]]:
+    """Return the tensors of a message, in the order they had, which stay in the file, and its head.
+
+    The file is open for as long as they are there, so that its name may go before.
+
+    Raises:
+        Refused: if it is no message; of a tensor, if the file was changed or cannot be read.
+    """
+    with ExitStack() as until_known:
+        file = until_known.enter_context(path.open("rb"))
+        with refusing():
+            known = mark(file)
+            like, places, head = listed(path, file)
+
+        def read(name: str) -> Tensor:
+            with refusing():
+                if mark(file) != known:
+                    raise Refused("its file was changed after it came")
+                file.seek(places[name])
+                return read_tensor(file, like[name])
+
+        tensors = Aside(like, read)
+        weakref.finalize(tensors, until_known.pop_all().close)
+    return tensors, head
+
+
+def listed(path: Path, file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
+    """Return what a message lists: its tensors without their numbers, the place of each in the file, and the head."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST_HEADER:
+        raise Refused(f"its message lists its tensors in {size} bytes, more than {LARGEST_HEADER}")
+    like, places, place = dict[str, Tensor](), dict[str, int](), 8 + size
+    with safe_open(path, "pt") as message:
+        text = message.metadata()["fedllm"]
+        if len(text) > LARGEST_HEAD:
+            raise Refused(f"the head of its message has {len(text)} bytes, more than {LARGEST_HEAD}")
+        for name in message.offset_keys():
+            own = message.get_slice(name)
+            like[name] = torch.empty(own.get_shape(), dtype=DTYPES[own.get_dtype()], device="meta")
+            # One lies behind the other without a gap, or it would not have been opened.
+            places[name], place = place, place + like[name].nbytes
+    head = json.loads(text)
+    return {name: like[name] for name in head.pop("names", [])} | like, places, head
+
+
+def mark(file: BufferedReader) -> tuple[int, int]:
+    """Return what changes when a file is written to."""
+    told = os.fstat(file.fileno())
+    return told.st_size, told.st_mtime_ns
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Refuse bytes that are not a message."""
     try:
-        with path.open("rb") as file:
-            listed = int.from_bytes(file.read(8), "little")
-            if listed > LARGEST_HEADER:
-                raise Refused(f"its message lists its tensors in {listed} bytes, more than {LARGEST_HEADER}")
-            with safe_open(path, "pt") as message:
-                text = message.metadata()["fedllm"]
-                if len(text) > LARGEST_HEAD:
-                    raise Refused(f"the head of its message has {len(text)} bytes, more than {LARGEST_HEAD}")
-                head = json.loads(text)
-                names = head.pop("names", [])
-                file.seek(8 + listed)
-                # By reading and not by mapping: mapped pages would count as memory a second time.
-                tensors = {name: read_tensor(file, message.get_slice(name)) for name in message.offset_keys()}
-        return {name: tensors[name] for name in names} | tensors, head
+        yield
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise Refused(f"its bytes are not a message ({type(error).__name__})") from error
 
 
-def read_tensor(file: BufferedReader, listed: Any) -> Tensor:
-    """Return the tensor that lies at the file's place, of the dtype and shape that the message lists for it."""
-    tensor = torch.empty(listed.get_shape(), dtype=DTYPES[listed.get_dtype()])
+def read_tensor(file: BufferedReader, like: Tensor) -> Tensor:
+    """Return the tensor that lies at the file's place: by reading and not by mapping, which would count as memory."""
+    tensor = torch.empty(like.shape, dtype=like.dtype)
     raw = tensor.view(-1).view(torch.uint8)
     if file.readinto(raw.numpy().data) != raw.numel():
         raise ValueError("the file ends within a tensor")
