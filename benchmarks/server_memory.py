@@ -44,12 +44,17 @@ def now() -> float:
     return int(told.read_text().split()[1]) * resource.getpagesize() if told.exists() else peak()
 
 
-def rounds(count: int, how: str) -> None:
+def shapes(part: int, parts: int) -> dict[str, int]:
+    """Return the number of values of each tensor of a part."""
+    return {f"layer.{i}.x": VALUES // TENSORS for i in range(TENSORS) if i % parts == part}
+
+
+def rounds(place: Path, count: int, how: str) -> None:
     """Run two rounds with so many silos and print the peak in bytes, of the rounds and with the checkpoints.
 
     Replies stay in their `files` or come in `memory`; or they are files of `fragments`.
     """
-    names = [f"silo_{number}" for number in range(count)]
+    names, parts = [f"silo_{number}" for number in range(count)], FRAGMENTS if how == "fragments" else 1
     algorithm = averaging(
         work=Work(lambda request, silo: (Reply("", 0, {}, 1.0), {})),
         select=lambda number: names,
@@ -57,33 +62,25 @@ def rounds(count: int, how: str) -> None:
         optimiser=nesterov(),
         share=fragments(FRAGMENTS) if how == "fragments" else None,
     )
-    with TemporaryDirectory() as apart:
-        place = Path(apart)
-        shape = VALUES // TENSORS
-        parts = FRAGMENTS if how == "fragments" else 1
-        for part in range(parts):
-            sent = {f"layer.{i}.x": torch.full((shape,), 1e-3) for i in range(TENSORS) if i % parts == part}
-            save_message(place / f"reply-{part}", sent, {})
-        del sent
-        before = now()
-        state = algorithm.init({f"layer.{i}.x": torch.zeros(shape) for i in range(TENSORS)})
 
-        def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
-            read = load_message if how == "memory" else open_message
-            for request in requests:
-                yield Reply(request.client, request.round, read(place / f"reply-{request.round % parts}")[0], 1.0)
+    def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
+        read = load_message if how == "memory" else open_message
+        for request in requests:
+            yield Reply(request.client, request.round, read(place / f"{parts}-{request.round % parts}")[0], 1.0)
 
-        for _ in range(2):
-            state, _ = algorithm.server(state, exchange)
-        computed = peak() - before
-        for _ in range(2):
-            save_checkpoint(place, Checkpoint(state, {}))
-        print(computed, peak() - before)
+    before = now()
+    state = algorithm.init({name: torch.zeros(size) for name, size in shapes(0, 1).items()})
+    for _ in range(2):
+        state, _ = algorithm.server(state, exchange)
+    computed = peak() - before
+    for _ in range(2):
+        save_checkpoint(place, Checkpoint(state, {}))
+    print(computed, peak() - before)
 
 
-def child(count: int, how: str, env: Mapping[str, str] = GIVEN_BACK) -> list[float]:
+def child(place: Path, count: int, how: str, env: Mapping[str, str] = GIVEN_BACK) -> list[float]:
     """Return what `rounds` prints in a process of its own, in float32 models."""
-    command = [sys.executable, "-m", "benchmarks.server_memory", str(count), how]
+    command = [sys.executable, "-m", "benchmarks.server_memory", str(place), str(count), how]
     env = {**os.environ, **env}
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-2:]
     return [round(float(each) / (4 * VALUES), 2) for each in said]
@@ -91,12 +88,18 @@ def child(count: int, how: str, env: Mapping[str, str] = GIVEN_BACK) -> list[flo
 
 def main() -> None:
     """Measure every count, print and keep what came out."""
-    if len(sys.argv) == 3:
-        rounds(int(sys.argv[1]), sys.argv[2])
+    if len(sys.argv) == 4:
+        rounds(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
         return
-    found = {(count, how): child(count, how) for count in COUNTS for how in ("files", "memory")}
-    found[COUNTS[-1], "fragments"] = child(COUNTS[-1], "fragments")
-    usual = child(COUNTS[0], "files", {})
+    with TemporaryDirectory() as apart:
+        place = Path(apart)
+        for parts in (1, FRAGMENTS):
+            for part in range(parts):
+                sent = {name: torch.full((size,), 1e-3) for name, size in shapes(part, parts).items()}
+                save_message(place / f"{parts}-{part}", sent, {})
+        found = {(count, how): child(place, count, how) for count in COUNTS for how in ("files", "memory")}
+        found[COUNTS[-1], "fragments"] = child(place, COUNTS[-1], "fragments")
+        usual = child(place, COUNTS[0], "files", {})
     for (count, how), (computed, stored) in found.items():
         print(f"{count} silos, {how}: {computed} models in the rounds, {stored} with the checkpoints")
     print(f"{COUNTS[0]} silos, files: {usual[1]} models where the C library keeps what is free")

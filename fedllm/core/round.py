@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -222,6 +223,14 @@ def wire_stages(transforms: Sequence[Transform], like: Tensors) -> list[Tensors]
     return stages
 
 
+@lru_cache(maxsize=4096)
+def stages_alone(
+    transforms: tuple[Transform, ...], name: str, shape: torch.Size, dtype: torch.dtype
+) -> Sequence[Tensors]:
+    """Return the stages of one tensor; every tensor of every reply asks for them."""
+    return wire_stages(transforms, {name: torch.empty(shape, dtype=dtype, device="meta")})
+
+
 def accept(
     reply: Reply,
     round_number: int,
@@ -269,7 +278,7 @@ def decoded_aside(sent: Aside, reply: Reply, transforms: Sequence[Transform], st
     require_shapes(sent.like, stages[-1])
 
     def read(name: str) -> Tensor:
-        own = wire_stages(transforms, {name: stages[0][name]})
+        own = stages_alone(tuple(transforms), name, stages[0][name].shape, stages[0][name].dtype)
         return decode_all({each: sent[each] for each in own[-1]}, transforms, own)[name]
 
     def read_again(name: str) -> Tensor:
