@@ -3,7 +3,8 @@
 Each count runs in a process of its own. Two rounds of a model of 20 M values in 40 tensors, whose replies are files as
 those of sites are, with Nesterov's momentum and a checkpoint after each; counted is what comes on top of Python and
 torch. Replies stay in their files and are summed tensor by tensor, as those of a large model, or are read and added as
-they come, as small ones are; also where only a quarter of the model has its turn in a round, as a fragment.
+they come, as small ones are; also where only a quarter of the model has its turn in a round, as a fragment, and for
+88 M values, whose tensors are so large that the C library gives each of them back and leaves no holes between them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedllm.runtime.spool import load_message, open_message, save_message
 from fedllm.runtime.store import Checkpoint, save_checkpoint
 
 VALUES, TENSORS = 20_000_000, 40
+LARGE = 88_000_000
 COUNTS = (2, 8, 32)
 FRAGMENTS = 4
 
@@ -44,12 +46,17 @@ def now() -> float:
     return int(told.read_text().split()[1]) * resource.getpagesize() if told.exists() else peak()
 
 
-def shapes(part: int, parts: int) -> dict[str, int]:
-    """Return the number of values of each tensor of a part."""
-    return {f"layer.{i}.x": VALUES // TENSORS for i in range(TENSORS) if i % parts == part}
+def shapes(values: int, part: int = 0, parts: int = 1) -> dict[str, int]:
+    """Return the number of values of each tensor of a part of a model."""
+    return {f"layer.{i}.x": values // TENSORS for i in range(TENSORS) if i % parts == part}
 
 
-def rounds(place: Path, count: int, how: str) -> None:
+def file_of(place: Path, values: int, part: int, parts: int) -> Path:
+    """Return where the reply with a part of a model lies."""
+    return place / f"{values}-{part}-of-{parts}"
+
+
+def rounds(place: Path, values: int, count: int, how: str) -> None:
     """Run two rounds with so many silos and print the peak in bytes, of the rounds and with the checkpoints.
 
     Replies stay in their `files` or come in `memory`; or they are files of `fragments`.
@@ -66,10 +73,12 @@ def rounds(place: Path, count: int, how: str) -> None:
     def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
         read = load_message if how == "memory" else open_message
         for request in requests:
-            yield Reply(request.client, request.round, read(place / f"{parts}-{request.round % parts}")[0], 1.0)
+            yield Reply(
+                request.client, request.round, read(file_of(place, values, request.round % parts, parts))[0], 1.0
+            )
 
     before = now()
-    state = algorithm.init({name: torch.zeros(size) for name, size in shapes(0, 1).items()})
+    state = algorithm.init({name: torch.zeros(size) for name, size in shapes(values).items()})
     for _ in range(2):
         state, _ = algorithm.server(state, exchange)
     computed = peak() - before
@@ -78,34 +87,36 @@ def rounds(place: Path, count: int, how: str) -> None:
     print(computed, peak() - before)
 
 
-def child(place: Path, count: int, how: str, env: Mapping[str, str] = GIVEN_BACK) -> list[float]:
+def child(place: Path, count: int, how: str, values: int = VALUES, env: Mapping[str, str] = GIVEN_BACK) -> list[float]:
     """Return what `rounds` prints in a process of its own, in float32 models."""
-    command = [sys.executable, "-m", "benchmarks.server_memory", str(place), str(count), how]
+    command = [sys.executable, "-m", "benchmarks.server_memory", str(place), str(values), str(count), how]
     env = {**os.environ, **env}
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-2:]
-    return [round(float(each) / (4 * VALUES), 2) for each in said]
+    return [round(float(each) / (4 * values), 2) for each in said]
 
 
 def main() -> None:
     """Measure every count, print and keep what came out."""
-    if len(sys.argv) == 4:
-        rounds(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    if len(sys.argv) == 5:
+        rounds(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
         return
     with TemporaryDirectory() as apart:
         place = Path(apart)
-        for parts in (1, FRAGMENTS):
+        for values, parts in ((VALUES, 1), (VALUES, FRAGMENTS), (LARGE, 1)):
             for part in range(parts):
-                sent = {name: torch.full((size,), 1e-3) for name, size in shapes(part, parts).items()}
-                save_message(place / f"{parts}-{part}", sent, {})
+                sent = {name: torch.full((size,), 1e-3) for name, size in shapes(values, part, parts).items()}
+                save_message(file_of(place, values, part, parts), sent, {})
         found = {(count, how): child(place, count, how) for count in COUNTS for how in ("files", "memory")}
         found[COUNTS[-1], "fragments"] = child(place, COUNTS[-1], "fragments")
-        usual = child(place, COUNTS[0], "files", {})
+        large = child(place, COUNTS[1], "files", LARGE)
+        usual = child(place, COUNTS[0], "files", env={})
     for (count, how), (computed, stored) in found.items():
         print(f"{count} silos, {how}: {computed} models in the rounds, {stored} with the checkpoints")
+    print(f"{COUNTS[1]} silos, files, {LARGE / 1e6:.0f} M values: {large[1]} models")
     print(f"{COUNTS[0]} silos, files: {usual[1]} models where the C library keeps what is free")
     result = {f"models_{count}": found[count, "files"][1] for count in COUNTS}
     result |= {f"models_{count}_in_memory": found[count, "memory"][1] for count in COUNTS}
-    result |= {"models_fragments": found[COUNTS[-1], "fragments"][1], "largest_tensor": 1 / TENSORS}
+    result |= {"models_fragments": found[COUNTS[-1], "fragments"][1], "models_8_large_tensors": large[1]}
     keep("server_memory", {**result, "models_usual_malloc": usual[1]})
 
 

@@ -69,11 +69,14 @@ def open_message(path: Path) -> tuple[Aside, dict[str, Any]]:
             like, places, head = listed(path, file)
 
         def read(name: str) -> Tensor:
-            with refusing():
-                if mark(file) != known:
-                    raise Refused("its file was changed after it came")
-                file.seek(places[name])
-                return read_tensor(file, like[name])
+            try:
+                with refusing():
+                    if mark(file) != known:
+                        raise Refused("its file was changed after it came")
+                    file.seek(places[name])
+                    return read_tensor(file, like[name])
+            except OSError as error:
+                raise Refused(f"its file cannot be read any more ({error.strerror})") from error
 
         tensors = Aside(like, read)
         weakref.finalize(tensors, until_known.pop_all().close)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.core import aggregate
 from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi, nesterov
@@ -224,8 +225,9 @@ def test_a_file_that_fails_while_it_is_added_up_ends_the_round_and_says_whose():
         algorithm.server(algorithm.init(SHAPE), scripted([bad]))
 
 
-def test_each_tensor_is_let_go_before_the_next(tmp_path):
+def test_each_tensor_is_let_go_before_the_next(monkeypatch):
     """At no time does the server hold two tensors of updates, or an old parameter beside all the new ones."""
+    monkeypatch.setattr(aggregate, "HELD", 0)
     like = {f"layer.{n}": torch.zeros(100) for n in range(6)}
     algorithm = algorithm_of(optimiser=nesterov(0.7, 0.9))
     alive, most = weakref.WeakSet(), []

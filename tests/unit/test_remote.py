@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.core.types import Request
+from fedllm.core.types import Aside, Request
 from fedllm.runtime import remote as runtime_remote
 from fedllm.runtime.errand import promised, request_id, shown
 from fedllm.runtime.line import Aborted
@@ -75,6 +75,18 @@ def test_the_files_on_their_way_are_gone_when_all_have_answered(made):
     federation = made()
     assert set(federation.ask()) == set(NAMES)
     assert list(federation.spool.iterdir()) == [] and federation.notes == []
+
+
+def test_a_reply_of_a_large_model_stays_in_a_file_that_has_no_name(made, monkeypatch):
+    federation = made(parallel=1)
+    small = federation.ask()
+    monkeypatch.setattr(runtime_remote, "LARGE", 0)
+    large = federation.ask()
+    assert all(isinstance(reply.tensors, Aside) for reply in large.values())
+    assert not any(isinstance(reply.tensors, Aside) for reply in small.values())
+    # One place on the spool was enough for all three: it is given back while a reply waits.
+    assert list(federation.spool.iterdir()) == []
+    assert all(same(large[name], small[name]) for name in NAMES)
 
 
 def test_a_second_op_with_the_same_tensors_uploads_nothing(made):
