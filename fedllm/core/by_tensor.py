@@ -68,18 +68,17 @@ def step(
 
     If the aggregate lies outside of memory, new tensors take the places of the old ones in `state`: it is used up.
     """
-    parts: Iterator[Tensors] = iter([mean])
-    params, kept = dict(state.params), dict(state.optimiser)
-    if isinstance(mean, Aside):
-        parts = ({name: mean[name]} for name in mean)
-        assert isinstance(state.params, dict) and isinstance(state.optimiser, dict)
-        params, kept = state.params, state.optimiser
+    if not isinstance(mean, Aside) or mean.keys() - state.params.keys():
+        # Of a search's scores no tensor is the change of a parameter.
+        return optimiser.step(state.params, finish(dict(mean)), state.optimiser)
+    params, kept = state.params, state.optimiser
+    assert isinstance(params, dict) and isinstance(kept, dict)
     # What an optimiser remembers of no tensor in particular, such as how many steps it took, is the same for all.
     common = {key: kept[key] for key in optimiser.init({})}
-    for part in parts:
-        start = {name: params[name] for name in part}
+    for name in mean:
+        start = {name: params[name]}
         own = {key: kept[key] for key in optimiser.init(on_meta(start))} | common
-        moved, remembered = optimiser.step(start, finish(part), own)
+        moved, remembered = optimiser.step(start, finish({name: mean[name]}), own)
         params.update(moved)
         kept.update(remembered)
     return params, kept
