@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Exchange, Reply, Request, Tensors
+from fedllm.exchange.phases import heard
 from fedllm.exchange.secure.fixed_point import values_of
 from fedllm.exchange.secure.graph import neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -105,19 +106,6 @@ def summed(requests: Sequence[Request], exchange: Exchange, made: Made, like: Te
     assert now.total is not None
     unmask(now, secrets)
     return told(now, number, made, like)
-
-
-def heard(
-    exchange: Exchange, requests: Sequence[Request], lost: dict[str, str], what: str
-) -> Iterator[tuple[str, Reply]]:
-    """Yield the first reply of each silo that was asked, in its round; note those who send none."""
-    waiting, number = {request.client for request in requests}, requests[0].round
-    for reply in exchange(requests):
-        if reply.client in waiting and reply.round == number:
-            waiting.discard(reply.client)
-            yield reply.client, reply
-    for name in sorted(waiting):
-        lost.setdefault(name, f"{what} did not come")
 
 
 def opened(asked: Sequence[str], number: int, exchange: Exchange, made: Made, lost: dict[str, str]) -> Sum:
