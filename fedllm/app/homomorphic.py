@@ -86,6 +86,6 @@ def homomorphic_lines(recipe: Recipe, params: Tensors, sent: int, away: bool) ->
         f"{sum(value.numel() for value in params.values()):,} values): {amount(sent)} up in place of {amount(plain)}; "
         f"{OPENERS} silos open each sum"
     )
-    whose = f"each site has it in {recipe.homomorphic.key}" if away else "this run makes it, for silos of one machine"
-    yield f"             one key opens every silo's update ({whose}): a silo that gives it to the server gives all away"
+    whose = f"the sites' own, in {recipe.homomorphic.key}" if away else "made by this run, for all its silos"
+    yield f"             one key ({whose}) opens every update: a single silo that shows it to the server undoes it all"
     yield "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)"

@@ -60,7 +60,7 @@ def recipe_in(folder: Path) -> Recipe:
     if recipe.homomorphic and recipe.homomorphic.tensors != ["*"]:
         raise FedllmError(
             f"In the run '{folder}' some tensors were encrypted and some not, and no attack here is made for that; "
-            "audit a run with homomorphic.tensors = ['*'], or one without [homomorphic] to see what the clear ones may show."
+            "audit a run with homomorphic.tensors = ['*'], or one without [homomorphic] to see what clear ones show."
         )
     if not is_finished(folder):
         raise FedllmError(
