@@ -15,6 +15,7 @@ from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.round import averaging
 from fedllm.core.types import Facts, Reply, Request, Work
 from fedllm.exchange.clip import clip
+from fedllm.exchange.homomorphic.ckks import MODULUS
 from fedllm.exchange.homomorphic.messages import CIPHER, OPEN, OPENED, PART, TRAIN
 from fedllm.exchange.homomorphic.middleware import MOST_BYTES, homomorphic_sum
 from fedllm.exchange.homomorphic.settings import Settings
@@ -127,6 +128,41 @@ def test_messages_of_one_silo_that_are_mangled_never_make_a_wrong_sum(seed):
         assert "no sum: " in why and (
             "tags" in why or "whole numbers" in why or "different numbers" in why or "is not of" in why
         )
+
+
+ODD = {
+    "beyond the modulus": (lambda cipher: torch.full_like(cipher, MODULUS), "outside the modulus"),
+    "below zero": (lambda cipher: -cipher - 1, "outside the modulus"),
+    "one row too many": (lambda cipher: torch.cat([cipher, cipher]), "have the shape"),
+    "other numbers": (lambda cipher: cipher.double(), "no ciphertexts"),
+    "bytes": (lambda cipher: cipher.view(torch.uint8), "no ciphertexts"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), ODD.values(), ids=ODD)
+def test_what_is_no_ciphertext_puts_out_its_silo_by_a_reason(change, said):
+    names = names_of(4)
+
+    def fault(op, replies):
+        if op != TRAIN:
+            return replies
+        return [replies[0]._replace(tensors={CIPHER: change(replies[0].tensors[CIPHER])}), *replies[1:]]
+
+    reply = Wire(fault=fault).round(names)
+    assert near(reply, names[1:], lambda name: 1.0, USUAL, 4) and said in reply.lost["s00"]
+
+
+def test_a_value_in_clear_that_is_beyond_the_largest_puts_out_its_silo():
+    chosen, names = Settings(tensors=["b"], largest_weight=50), names_of(4)
+
+    def fault(op, replies):
+        if op != TRAIN:
+            return replies
+        large = torch.full_like(replies[0].tensors["a"], 2**31 - 1)
+        return [replies[0]._replace(tensors={**replies[0].tensors, "a": large}), *replies[1:]]
+
+    reply = Wire(chosen, fault=fault).round(names)
+    assert near(reply, names[1:], lambda name: 1.0, chosen, 4) and "beyond the largest" in reply.lost["s00"]
 
 
 def test_a_reply_of_another_round_put_in_this_ones_place_is_found_out():
