@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,28 @@ from fedllm.core.errors import Refused
 from fedllm.core.noise import digest
 from fedllm.core.tensors import below, under
 from fedllm.core.types import Exchange, Reply, Request, Silo, Tensors
+
+
+def as_one(exchange: Exchange, summed: Callable[[Sequence[Request], dict[str, str]], Reply]) -> Exchange:
+    """Let one reply through in place of those to training, and all others as they are.
+
+    `summed` notes who is not in that reply, and why; it raises `Refused` where there is none to tell.
+    """
+
+    def exchanged(requests: Sequence[Request]) -> Iterator[Reply]:
+        train = [request for request in requests if request.op == "train"]
+        if rest := [request for request in requests if request.op != "train"]:
+            yield from exchange(rest)
+        if train:
+            lost = dict[str, str]()
+            try:
+                reply = summed(train, lost)
+            except Refused as problem:
+                reply = Reply("", train[0].round, {}, 0.0)
+                lost = {**{request.client: f"no sum: {problem}" for request in train}, **lost}
+            yield reply._replace(lost=lost)
+
+    return exchanged
 
 
 def heard(

@@ -13,7 +13,7 @@ from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.noise import key_of, require_float32
 from fedllm.core.types import Client, Cohort, Reply, Request, Silo, Tensors
 from fedllm.exchange.homomorphic.ckks import Keys, Numbers, decrypted, encrypted, require_ciphertexts
-from fedllm.exchange.homomorphic.messages import CIPHER, OPEN, OPENED, PART, TRAIN, members_of, terms_of
+from fedllm.exchange.homomorphic.messages import CIPHER, OPEN, OPENED, PART, TRAIN, Terms, members_of, terms_of
 from fedllm.exchange.homomorphic.packing import (
     BESIDE,
     laid_out,
@@ -66,8 +66,9 @@ def homomorphic_client(inner: Client, made: Made, keys: Callable[[], Keys], key:
         if request.op == OPEN:
             said = told(request, silo, made, keys(), key)
             return Reply(request.client, request.round, said, 1.0), remembering(PART, request, silo, said)
+        terms = terms_of(request)
         reply, kept = inner(without_ours(PART, request), silo)
-        sent = closed(request, silo, reply, made, keys(), key, secret)
+        sent = closed(terms, silo, reply, made, keys(), key, secret)
         return Reply(request.client, request.round, sent, 1.0), trained(PART, request, silo, kept)
 
     return client
@@ -91,12 +92,11 @@ def homomorphic_cohort(inner: Cohort, made: Made, keys: Callable[[], Keys], key:
 
 
 def closed(
-    request: Request, silo: Silo, reply: Reply, made: Made, keys: Keys, key: bytes, secret: bytes
+    terms: Terms, silo: Silo, reply: Reply, made: Made, keys: Keys, key: bytes, secret: bytes
 ) -> dict[str, Tensor]:
     """Return an update, times its weight, as whole numbers, those of hidden tensors as ciphertexts."""
     require_float32(reply.tensors)
-    terms, settings = terms_of(request), made.settings
-    names = sorted(reply.tensors)
+    settings, names = made.settings, sorted(reply.tensors)
     values = np.concatenate([reply.tensors[name].detach().cpu().numpy().ravel() for name in names])
     most = int(settings.largest_weight)
     weight = min(max(round(reply.weight), 1), most) if made.weighted else 1
@@ -105,17 +105,11 @@ def closed(
     signed = numbers.view(np.int16 if settings.bits == 16 else np.int32)
     pieces = np.split(signed, np.cumsum([reply.tensors[name].numel() for name in names])[:-1])
     by_name = dict(zip(names, pieces, strict=True))
-    secrets = hidden(settings, names)
-    inside = np.concatenate([[], *(by_name[name] for name in secrets)]).astype(np.int64)
+    inside = np.concatenate([[], *(by_name.pop(name) for name in hidden(settings, names))]).astype(np.int64)
     whole = np.concatenate([[1, weight], paired(inside, settings.bits)])
     tags = tags_of(key, terms, [silo.name], rows_for(len(inside), settings.bits))
-    sent = {
-        name: torch.from_numpy(by_name[name]).view(reply.tensors[name].shape)
-        for name in names
-        if name not in set(secrets)
-    }
-    sent[CIPHER] = torch.from_numpy(encrypted(keys, laid_out(whole, tags)))
-    return sent
+    clear = {name: torch.from_numpy(piece).view(reply.tensors[name].shape) for name, piece in by_name.items()}
+    return {**clear, CIPHER: torch.from_numpy(encrypted(keys, laid_out(whole, tags)))}
 
 
 def told(request: Request, silo: Silo, made: Made, keys: Keys, key: bytes) -> dict[str, Tensor]:
@@ -123,8 +117,8 @@ def told(request: Request, silo: Silo, made: Made, keys: Keys, key: bytes) -> di
     terms = terms_of(request)
     names = members_of(request, silo.name, made.settings.least, terms)
     values, bits = made.encrypted_values(request.round), made.settings.bits
-    numbers, tags = taken_apart(decrypted(keys, ciphertexts(request.tensors, rows_for(values, bits))),
-                                BESIDE + numbers_for(values, bits))  # fmt: skip
+    slots = decrypted(keys, ciphertexts(request.tensors, rows_for(values, bits)))
+    numbers, tags = taken_apart(slots, BESIDE + numbers_for(values, bits))
     if not np.array_equal(tags, tags_of(key, terms, names, len(tags))):
         raise Refused("the sum is not of the silos and the round that it is said to be of, or a silo has another key")
     return {OPENED: torch.from_numpy(numbers.astype(np.int32))}

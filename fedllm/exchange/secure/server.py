@@ -6,7 +6,7 @@ the sum to count as many silos as there are in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Exchange, Reply, Request, Tensors
-from fedllm.exchange.phases import heard
+from fedllm.exchange.phases import as_one, heard
 from fedllm.exchange.secure.fixed_point import values_of
 from fedllm.exchange.secure.graph import neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -36,7 +36,6 @@ from fedllm.exchange.secure.messages import (
     SUM,
     TAIL,
     TAIL_SIZE,
-    TRAIN,
     Directory,
     as_bytes,
     as_tensor,
@@ -75,21 +74,7 @@ class Sum:
 
 def secure_exchange(exchange: Exchange, made: Made, like: Callable[[int], Tensors]) -> Exchange:
     """Let only the mean of all updates through; `like` says for a round what each silo's update looks like."""
-
-    def secured(requests: Sequence[Request]) -> Iterator[Reply]:
-        train = [request for request in requests if request.op == TRAIN]
-        if rest := [request for request in requests if request.op != TRAIN]:
-            yield from exchange(rest)
-        if train:
-            lost = dict[str, str]()
-            try:
-                reply = summed(train, exchange, made, like(train[0].round), lost)
-            except Refused as problem:
-                reply = Reply("", train[0].round, {}, 0.0)
-                lost = {**{request.client: f"no sum: {problem}" for request in train}, **lost}
-            yield reply._replace(lost=lost)
-
-    return secured
+    return as_one(exchange, lambda requests, lost: summed(requests, exchange, made, like(requests[0].round), lost))
 
 
 def summed(requests: Sequence[Request], exchange: Exchange, made: Made, like: Tensors, lost: dict[str, str]) -> Reply:
