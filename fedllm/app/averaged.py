@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from fedllm.app import privacy
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
+from fedllm.app.homomorphic import homomorphic_part
 from fedllm.app.secure import secure_part
 from fedllm.app.without import by_record
 from fedllm.app.work import stays_text
 from fedllm.core.noise import key_of
 from fedllm.core.round import averaging
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Select, Share, Tensors, Work
+from fedllm.core.types import Algorithm, Middleware, Select, Share, Tensors, Transform, Work
 from fedllm.exchange.availability import Presence, availability
 from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
@@ -37,17 +38,18 @@ def averaged(
     own: Tensors,
     silos: int,
     secret: bytes,
+    key: bytes | None,
     there: Mapping[str, Presence],
 ) -> Algorithm:
-    """Return a recipe's local training and average; `own` never leaves a silo, `there` says when silos are there."""
+    """Return a recipe's local training and average; `own` never leaves a silo, `key` is the silos' alone."""
     if privacy.trusts_nobody(recipe):
         work = nothing_else(work)
     transforms = privacy.transforms(recipe, silos, secret)
     # What a probe tells has no noise on it, and behind a sum there is nothing to look at.
-    factors = not (privacy.is_private(recipe) or recipe.secure) and any(
+    factors = not (privacy.is_private(recipe) or privacy.adds_up(recipe)) and any(
         ".lora_A." in name and value.dim() == 2 for name, value in params.items()
     )
-    middleware = [*secure_part(recipe, work, share, transforms, params, silos, secret), *by_record(recipe)]
+    middleware = [*summing(recipe, work, share, transforms, params, silos, secret, key), *by_record(recipe)]
     if there:
         middleware.append(availability(there, derive(recipe.seed, "availability")))
     return averaging(
@@ -60,3 +62,20 @@ def averaged(
         middleware=middleware,
         probes=[lora_error(str(recipe.aggregate.get("weights", "examples")))] if factors else [],
     )
+
+
+def summing(
+    recipe: Recipe,
+    work: Work,
+    share: Share,
+    transforms: Sequence[Transform],
+    params: Tensors,
+    silos: int,
+    secret: bytes,
+    key: bytes | None = None,
+) -> list[Middleware]:
+    """Return what lets the server see sums in place of the silos' updates, if a recipe asks for it."""
+    return [
+        *secure_part(recipe, work, share, transforms, params, silos, secret),
+        *homomorphic_part(recipe, work, share, transforms, params, silos, secret, key),
+    ]

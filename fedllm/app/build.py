@@ -119,11 +119,17 @@ class Parts(NamedTuple):
         return lambda name: Silo(name, self.model, self.silos.examples(name), {}, derive(seed, "silo", name), tick)
 
 
-def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), secret: bytes | None = None) -> Parts:
+def build(
+    recipe: Recipe,
+    weights: bool = True,
+    elsewhere: Sequence[str] = (),
+    secret: bytes | None = None,
+    key: bytes | None = None,
+) -> Parts:
     """Build a run's parts; without `weights` the model has shapes only, enough for a plan.
 
     `elsewhere` names the silos of a federation, whose text other machines hold. Noise is drawn from the `secret`; a
-    plan needs none.
+    plan needs none. `key` is what the sites of a federation share for [homomorphic]; on one machine there is no need.
 
     Raises `FedllmError` for whatever does not fit, before anything is trained.
     """
@@ -187,7 +193,7 @@ def build(recipe: Recipe, weights: bool = True, elsewhere: Sequence[str] = (), s
     algorithm = (
         method.algorithm(select)
         if method
-        else averaged(recipe, work, select, share, params, own, len(silos.names), secret, there)
+        else averaged(recipe, work, select, share, params, own, len(silos.names), secret, key, there)
     )
     rows = recipe.evaluate.batch_size
     evaluator = (

@@ -127,6 +127,19 @@ class Secure(Closed):
     largest_value: float | None = Field(None, gt=0)
 
 
+class Homomorphic(Closed):
+    """The server adds up ciphertexts that silos open: `exchange.homomorphic.settings.Settings`."""
+
+    tensors: list[str] = ["*"]
+    """Patterns of the names of those that are encrypted."""
+    key: str = "FEDLLM_KEY"
+    """The environment variable with the key that the sites of a federation share and the server does not know."""
+    least: int = Field(3, ge=3)
+    bits: Literal[16, 32] = 32
+    largest_weight: float = Field(10_000, ge=1, le=2**20)
+    largest_value: float | None = Field(None, gt=0)
+
+
 class Links(Closed):
     """The network that a run on one machine is reckoned over: keyword arguments of `runtime.link.link`."""
 
@@ -256,6 +269,7 @@ class Recipe(Closed):
     without: Without = Without()
     privacy: Privacy = Privacy()
     secure: Secure | None = None
+    homomorphic: Homomorphic | None = None
     canaries: Canaries | None = None
     algorithm: dict[str, Any] = {"name": "averaging"}
     """Local training and an average, made of the tables below, or a method of its own."""
@@ -304,6 +318,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "without": Without,
     "privacy": Privacy,
     "secure": Secure,
+    "homomorphic": Homomorphic,
     "canaries": Canaries,
 }
 """The closed tables of a recipe, and the whole."""

@@ -14,7 +14,7 @@ from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.duplicates import between
 from fedllm.app.live import Lines, Live
-from fedllm.app.privacy import is_private, resolved
+from fedllm.app.privacy import has_secret, is_private, resolved
 from fedllm.app.run import go
 from fedllm.app.scores import check_files
 from fedllm.app.stages import Nodes, with_skipped
@@ -52,10 +52,10 @@ def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
         # A kill may have left half a line, after which nothing could be written.
         trim_events(folder, recipe.rounds)
         check_files(recipe)
-        secret = None
+        secret = secret_in(folder) if has_secret(recipe) else None
         if is_private(recipe):
             # Sites are told the noise that was solved for, and after a restart it is still that.
-            recipe, secret = resolved(recipe, len(expected)), secret_in(folder)
+            recipe = resolved(recipe, len(expected))
             write_text(folder / "recipe.toml", write_recipe(recipe))
         names = taking_part(folder, recipe, line, expected, live)
         live.say("opening the model")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from fedllm.app.build import Parts, counts, longest, row_tokens
 from fedllm.app.config import Recipe
+from fedllm.app.homomorphic import homomorphic_lines
 from fedllm.app.privacy import (
     UNITS,
     hides_records,
@@ -35,9 +36,15 @@ MEAN_BYTES = 16
 """Two float64 words a value, in which the server adds updates up."""
 
 
+SEES = {
+    "each": "server sees each silo's update",
+    "part": "server sees each silo's tensors that are in clear, times its weight, and of the rest only the sum",
+}
+
+
 def facts_text(facts: Facts) -> str:
     """Say what is known of an update."""
-    sees = "server sees each silo's update" if facts.sees == "each" else "server sees only the sum"
+    sees = SEES.get(facts.sees, "server sees only the sum")
     bound = (
         "norm not bounded"
         if facts.norm_bound is None
@@ -85,6 +92,7 @@ def plan_lines(parts: Parts) -> Iterator[str]:
         yield f"{'' if place else 'available':<13}{silo}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
     yield from secure_lines(recipe, len(names))
+    yield from homomorphic_lines(recipe, parts.params, plan.bytes_up, away(parts))
     yield from privacy_lines(parts)
 
 
@@ -94,7 +102,9 @@ def privacy_lines(parts: Parts) -> Iterator[str]:
     examples = counts(recipe, parts.silos)
     sums = parts.plan.steps[-1].facts.sees == "sum"
     if not is_private(recipe):
-        seen = "only sums are seen" if sums else "the server sees each silo's update"
+        seen = (
+            "only sums are seen" if sums else SEES[parts.plan.steps[-1].facts.sees].replace("server", "the server", 1)
+        )
         yield f"privacy      none is claimed: no noise is added, and {seen}"
         return
     for unit, found in planned_epsilons(recipe, len(names), examples).items():

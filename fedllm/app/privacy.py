@@ -61,7 +61,12 @@ def is_private(recipe: Recipe) -> bool:
 
 def has_secret(recipe: Recipe) -> bool:
     """Say whether a run draws on a secret that outlives a kill: for noise, or for keys."""
-    return is_private(recipe) or recipe.secure is not None
+    return is_private(recipe) or adds_up(recipe)
+
+
+def adds_up(recipe: Recipe) -> bool:
+    """Say whether the server gets one sum in place of the silos' updates."""
+    return recipe.secure is not None or recipe.homomorphic is not None
 
 
 def hides_records(recipe: Recipe) -> bool:
@@ -375,7 +380,7 @@ def open_ends(recipe: Recipe) -> list[str]:
         elif not hides_records(recipe):
             found.append("of a silo, the counts from which the tokenizer was learned: their noise hides a record")
     part = noisy(recipe)
-    if recipe.secure and (part is None or part["name"] not in AT_SILO):
+    if adds_up(recipe) and (part is None or part["name"] not in AT_SILO):
         found.append("to the server when each silo took part")
     elif part and part["name"] in AT_SERVER:
         found.append("to the server each silo's update, number of examples, training loss and when it took part")

@@ -6,6 +6,7 @@ from fedllm.app import privacy
 from fedllm.app.config import Recipe
 from fedllm.app.without import check_without
 from fedllm.core.errors import FedllmError
+from fedllm.exchange.homomorphic.ckks import library
 
 
 def check_together(recipe: Recipe, elsewhere: bool) -> None:
@@ -36,8 +37,17 @@ def check_together(recipe: Recipe, elsewhere: bool) -> None:
             f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "
             "adds noise out of the recipe, or learn with algorithm 'averaging'."
         )
-    if recipe.secure and recipe.algorithm["name"] != "averaging":
+    if recipe.homomorphic and not elsewhere:
+        # A server adds ciphertexts up without it.
+        library()
+    if recipe.secure and recipe.homomorphic:
         raise FedllmError(
-            f"[secure] hides updates in their sum, and algorithm '{recipe.algorithm['name']}' asks each silo for its "
-            "own; take [secure] out, or learn with algorithm 'averaging'."
+            "[secure] and [homomorphic] both add updates up unseen; keep one of them: [secure], unless silos cannot "
+            "take part in its four messages a round."
         )
+    for table in ("secure", "homomorphic"):
+        if getattr(recipe, table) and recipe.algorithm["name"] != "averaging":
+            raise FedllmError(
+                f"[{table}] hides updates in their sum, and algorithm '{recipe.algorithm['name']}' asks each silo for "
+                f"its own; take [{table}] out, or learn with algorithm 'averaging'."
+            )

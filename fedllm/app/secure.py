@@ -28,23 +28,11 @@ def secure_part(
     noise = sum_noise(recipe)
     if recipe.secure is None:
         return []
-    if share.partial:
-        raise FedllmError(
-            f"share.name is '{recipe.share['name']}', whose silos tell scores of their own; with [secure] use "
-            "share.name = 'everything'."
-        )
-    if recipe.evaluate.alone:
-        raise FedllmError(
-            "evaluate.alone tells what each silo reaches by itself, and with [secure] nothing of one silo is told but "
-            "its held-out loss; set evaluate.alone = false."
-        )
+    require_sums(recipe, share, "[secure]")
     settings = Settings(**recipe.secure.model_dump())
     if silos > 1:
         each = int(recipe.select.get("size", silos))
         circle(settings, each, each)
-    facts = work.claim(Facts())
-    for transform in transforms:
-        facts = transform.claim(facts)
     try:
         from fedllm.exchange.secure.middleware import secure_sum
         from fedllm.exchange.secure.shares import library
@@ -59,12 +47,34 @@ def secure_part(
         secure_sum(
             settings,
             secret,
-            facts.norm_bound,
+            norm_bound(work, transforms),
             lambda number: wire_stages(transforms, share.up(number, params))[-1],
             weighted,
             noise,
         )
     ]
+
+
+def require_sums(recipe: Recipe, share: Share, table: str) -> None:
+    """Raise where silos would tell the server something of their own beside a sum."""
+    if share.partial:
+        raise FedllmError(
+            f"share.name is '{recipe.share['name']}', whose silos tell scores of their own; with {table} use "
+            "share.name = 'everything'."
+        )
+    if recipe.evaluate.alone:
+        raise FedllmError(
+            f"evaluate.alone tells what each silo reaches by itself, and with {table} nothing of one silo is told but "
+            "its held-out loss; set evaluate.alone = false."
+        )
+
+
+def norm_bound(work: Work, transforms: Sequence[Transform]) -> float | None:
+    """Return the largest norm of an update when it leaves, if there is one."""
+    facts = work.claim(Facts())
+    for transform in transforms:
+        facts = transform.claim(facts)
+    return facts.norm_bound
 
 
 def secure_lines(recipe: Recipe, silos: int) -> list[str]:

@@ -14,6 +14,7 @@ name = "{name}"
 # query = "select prompt, response from notes"          # where train is a database's URL
 # columns = {{ prompt = "frage", response = "antwort" }}  # the recipe's name of a column = its name here
 # A recipe with [duplicates] needs FEDLLM_SALT in the environment: a secret of the sites that the server must not have.
+# One with [homomorphic] needs FEDLLM_KEY, made by `openssl rand -hex 32` once for all sites: also not for the server.
 
 [models]
 # The base models that recipes may name here; with a path it is loaded from there, with a sha256 nothing else is.

@@ -100,6 +100,7 @@ def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
 def opened(asked: Mapping[str, Any], run: Path) -> Any:
     """Build a run's parts for this site: the recipe as it came, this site's own text, model folder and threads."""
     from fedllm.app.build import build
+    from fedllm.app.homomorphic import key_from
     from fedllm.app.site import known, own_recipe
     from fedllm.core.noise import key_of
     from fedllm.federation.policy import read_site
@@ -118,7 +119,7 @@ def opened(asked: Mapping[str, Any], run: Path) -> Any:
     if recipe.secure:
         # Masks that come again in another run would take each other off.
         secret = key_of(secret, "run", secret_in(run))
-    parts = build(recipe, secret=secret)
+    parts = build(recipe, secret=secret, key=key_from(recipe.homomorphic.key) if recipe.homomorphic else None)
     if parts.endpoint:
         parts.endpoint.check()
         parts.endpoint.purse.keep(run / "spent.json")

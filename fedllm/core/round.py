@@ -198,7 +198,7 @@ def decoded(transform: Transform) -> Claim:
         if facts.sees != "each" and not transform.summable:
             raise FedllmError(
                 f"transforms: '{transform.name}' has to be undone for each silo's reply, and the server sees only sums "
-                "of them; take it out, or take out [secure]."
+                "of them; take it out, or take out [secure] or [homomorphic]."
             )
         return transform.decoded(facts)
 

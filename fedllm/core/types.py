@@ -133,7 +133,7 @@ class Facts(NamedTuple):
     """What is known of one silo's update, or of the aggregate, at one step of the round."""
 
     sees: str = "each"
-    """Whether the server sees `each` silo's update, only their `sum`, or the sums of `groups` of them."""
+    """Whether the server sees `each` silo's update, only their `sum`, sums of `groups`, or a `part` of each."""
     norm_bound: float | None = None
     """The largest L2 norm that the update can have, if there is one."""
     even: bool = False

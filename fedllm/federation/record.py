@@ -22,8 +22,8 @@ KEPT = 3
 
 TRAIN, EVALUATE = "train", "evaluate"
 
-ONCE = (TRAIN, "secure_keys", "secure_shares", "secure_sum")
-"""What a site does once a round: to train, and each phase of a secure sum, whose answers twice would tell more."""
+ONCE = (TRAIN, "secure_keys", "secure_shares", "secure_sum", "homomorphic_open")
+"""What a site does once a round: to train, and each phase of a sum, whose answers twice would tell more."""
 
 
 class Done(NamedTuple):

@@ -308,7 +308,8 @@ def of_privacy(name: str, policy: Policy, asked: Asked) -> Iterator[Refusal]:
     if policy.secure_aggregation and not asked.secure:
         yield Refusal(
             "secure_aggregation",
-            f"{name} sends no update that the server could read by itself; add [secure] to the recipe.",
+            f"{name} sends no update that the server could read by itself; add [secure] to the recipe ([homomorphic] "
+            "does not count: the server reads every update once one other site hands it the key).",
         )
 
 

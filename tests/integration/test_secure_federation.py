@@ -100,4 +100,4 @@ def test_sites_that_insist_on_sums_refuse_a_recipe_without(place, recipe, sites)
 
 
 def test_a_sites_desk_does_each_phase_once_a_round():
-    assert set(ONCE) == {TRAIN, *PHASES}
+    assert {TRAIN, *PHASES} <= set(ONCE)

@@ -79,6 +79,7 @@ NO = [
     ),
     ("epsilon", {"epsilon": 8.0, "trust_sites": True}, {"transforms": [TOGETHER]}, r"trust_sites does not count"),
     ("secure_aggregation", {"secure_aggregation": True}, {}, r"could read by itself; add \[secure\]"),
+    ("secure_aggregation", {"secure_aggregation": True}, {"homomorphic": {}}, r"add \[secure\].*one other site"),
 ]
 
 

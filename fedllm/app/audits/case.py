@@ -57,6 +57,11 @@ def recipe_in(folder: Path) -> Recipe:
             f"algorithm '{recipe.algorithm['name']}' sends no update and trains no weights, which is what an audit "
             "attacks; audit a run of algorithm 'averaging'."
         )
+    if recipe.homomorphic and recipe.homomorphic.tensors != ["*"]:
+        raise FedllmError(
+            f"In the run '{folder}' some tensors were encrypted and some not, and no attack here is made for that; "
+            "audit a run with homomorphic.tensors = ['*'], or one without [homomorphic] to see what clear ones show."
+        )
     if not is_finished(folder):
         raise FedllmError(
             f"The run '{folder}' has not come to its end; `fedllm resume {folder}` goes on, then audit it."

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, overload
 
 from fedllm.app import privacy
 from fedllm.app.audits.case import Case
+from fedllm.app.averaged import summing
 from fedllm.app.catalog import make
-from fedllm.app.secure import secure_part
 from fedllm.core.optimisers import fedavg
 from fedllm.core.round import averaging, everything, wire_stages
 from fedllm.core.seeds import derive, generator
@@ -62,7 +62,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
         aggregate=make("aggregate", recipe.aggregate),
         optimiser=fedavg(),
         transforms=transforms,
-        middleware=secure_part(recipe, work, everything(), transforms, params, silos, case.secret),
+        middleware=summing(recipe, work, everything(), transforms, params, silos, case.secret),
     )
     start = algorithm.init(params)._replace(round=number, transforms=case.state.transforms)
     replies: dict[str, Reply] = {}
@@ -85,7 +85,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
     ]
     stages = wire_stages(transforms, params)
     each = {}
-    for name, reply in [] if recipe.secure else replies.items():
+    for name, reply in [] if privacy.adds_up(recipe) else replies.items():
         update: Tensors = reply.tensors
         for transform, like in zip(reversed(now), reversed(stages[:-1]), strict=True):
             update = transform.decode(update, like)

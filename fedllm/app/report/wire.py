@@ -42,8 +42,8 @@ def claim(run: Run) -> str:
         )
     if protected(steps(run)):
         return (
-            "What the steps above state about updates is all that is claimed. Where they name no secure "
-            "aggregation, the server sees each silo's update; where they name no noise, there is no "
+            "What the steps above state about updates is all that is claimed. Where they name no secure or "
+            "homomorphic sum, the server sees each silo's update; where they name no noise, there is no "
             "differential privacy."
         )
     return (

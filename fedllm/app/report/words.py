@@ -213,4 +213,4 @@ def facts(value: Any) -> str:
 
 def protected(steps: list[dict[str, Any]]) -> bool:
     """Return whether a step's name says that it hides updates or adds noise."""
-    return any(re.search(r"secure|noise|privacy|\bdp\b", str(step.get("name", "")), re.I) for step in steps)
+    return any(re.search(r"secure|homomorphic|noise|privacy|\bdp\b", str(step.get("name", "")), re.I) for step in steps)

@@ -6,7 +6,7 @@ the sum to count as many silos as there are in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Exchange, Reply, Request, Tensors
+from fedllm.exchange.phases import as_one, heard
 from fedllm.exchange.secure.fixed_point import values_of
 from fedllm.exchange.secure.graph import neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -35,7 +36,6 @@ from fedllm.exchange.secure.messages import (
     SUM,
     TAIL,
     TAIL_SIZE,
-    TRAIN,
     Directory,
     as_bytes,
     as_tensor,
@@ -74,21 +74,7 @@ class Sum:
 
 def secure_exchange(exchange: Exchange, made: Made, like: Callable[[int], Tensors]) -> Exchange:
     """Let only the mean of all updates through; `like` says for a round what each silo's update looks like."""
-
-    def secured(requests: Sequence[Request]) -> Iterator[Reply]:
-        train = [request for request in requests if request.op == TRAIN]
-        if rest := [request for request in requests if request.op != TRAIN]:
-            yield from exchange(rest)
-        if train:
-            lost = dict[str, str]()
-            try:
-                reply = summed(train, exchange, made, like(train[0].round), lost)
-            except Refused as problem:
-                reply = Reply("", train[0].round, {}, 0.0)
-                lost = {**{request.client: f"no sum: {problem}" for request in train}, **lost}
-            yield reply._replace(lost=lost)
-
-    return secured
+    return as_one(exchange, lambda requests, lost: summed(requests, exchange, made, like(requests[0].round), lost))
 
 
 def summed(requests: Sequence[Request], exchange: Exchange, made: Made, like: Tensors, lost: dict[str, str]) -> Reply:
@@ -105,19 +91,6 @@ def summed(requests: Sequence[Request], exchange: Exchange, made: Made, like: Te
     assert now.total is not None
     unmask(now, secrets)
     return told(now, number, made, like)
-
-
-def heard(
-    exchange: Exchange, requests: Sequence[Request], lost: dict[str, str], what: str
-) -> Iterator[tuple[str, Reply]]:
-    """Yield the first reply of each silo that was asked, in its round; note those who send none."""
-    waiting, number = {request.client for request in requests}, requests[0].round
-    for reply in exchange(requests):
-        if reply.client in waiting and reply.round == number:
-            waiting.discard(reply.client)
-            yield reply.client, reply
-    for name in sorted(waiting):
-        lost.setdefault(name, f"{what} did not come")
 
 
 def opened(asked: Sequence[str], number: int, exchange: Exchange, made: Made, lost: dict[str, str]) -> Sum:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.core.noise import digest, key_of, require_float32
-from fedllm.core.tensors import below, under
+from fedllm.core.noise import key_of, require_float32
 from fedllm.core.types import Client, Cohort, Reply, Request, Silo, Tensors
+from fedllm.exchange.phases import answered, remembering, trained, without_ours
 from fedllm.exchange.secure.fixed_point import Grid, rounded
 from fedllm.exchange.secure.graph import neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -48,9 +47,6 @@ from fedllm.exchange.secure.messages import (
 from fedllm.exchange.secure.noise import discrete_gaussian
 from fedllm.exchange.secure.settings import Circle, Settings, circle
 from fedllm.exchange.secure.shares import split
-
-ANSWERED = f"{PART}/answered"
-"""Below it a silo remembers, by op, what it answered last: round and digest of the request, and its answer."""
 
 BAD = bytes(KEY_BYTES)
 """In place of a share whose box was not what it was said to be."""
@@ -92,17 +88,17 @@ def secure_client(inner: Client, made: Made, secret: bytes) -> Client:
     def client(request: Request, silo: Silo) -> tuple[Reply, Tensors]:
         if request.op not in (KEYS, SHARES, TRAIN, SUM):
             return inner(request, silo)
-        if said := answered(request, silo):
+        if said := answered(PART, request, silo):
             return Reply(request.client, request.round, said, 1.0), silo.memory
         if request.op == KEYS:
             keys = own_keys(secret, silo.name, silo.seed, request.round)
             said = {f"{PART}/keys": as_tensor([keys.channel.public, keys.mask.public], KEY_BYTES)}
-            return Reply(request.client, request.round, said, 1.0), remembering(request, silo, said)
+            return Reply(request.client, request.round, said, 1.0), remembering(PART, request, silo, said)
         about = round_of(request, silo, made.settings, secret)
         if request.op == TRAIN:
-            return ended(request, about, silo, inner(without_ours(request), silo), made, secret)
+            return ended(request, about, silo, inner(without_ours(PART, request), silo), made, secret)
         said = shared_out(about, secret) if request.op == SHARES else told(about, request, secret)
-        return Reply(request.client, request.round, said, 1.0), remembering(request, silo, said)
+        return Reply(request.client, request.round, said, 1.0), remembering(PART, request, silo, said)
 
     return client
 
@@ -119,9 +115,9 @@ def secure_cohort(inner: Cohort, made: Made, secret: bytes) -> Cohort:
         if any(request.op != TRAIN for request, _ in members):
             return [client(*member) for member in members]
         for member in members:
-            answered(*member)
+            answered(PART, *member)
         rounds = [round_of(request, silo, made.settings, secret) for request, silo in members]
-        answers = inner([(without_ours(request), silo) for request, silo in members])
+        answers = inner([(without_ours(PART, request), silo) for request, silo in members])
         return [
             ended(request, about, silo, answer, made, secret)
             for (request, silo), about, answer in zip(members, rounds, answers, strict=True)
@@ -204,9 +200,7 @@ def ended(
         name: torch.from_numpy(piece).view(reply.tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
     }
     sent[TAIL] = torch.from_numpy(as_signed(tail))
-    ours = remembering(request, silo._replace(memory={}), {})
-    before = {name: value for name, value in silo.memory.items() if name.startswith(f"{PART}/")}
-    return Reply(request.client, request.round, sent, 1.0), {**kept, **before, **ours}
+    return Reply(request.client, request.round, sent, 1.0), trained(PART, request, silo, kept)
 
 
 def pairwise(about: Round, other: int) -> Mask:
@@ -241,42 +235,3 @@ def told(about: Round, request: Request, secret: bytes) -> Tensors:
             plain = BAD + BAD
         found.append(plain[:KEY_BYTES] if source in kept else plain[KEY_BYTES:])
     return {f"{PART}/shares": as_tensor(found, KEY_BYTES)}
-
-
-def without_ours(request: Request) -> Request:
-    """Return the request as the inner client knows it."""
-    plain = {name: value for name, value in request.tensors.items() if not name.startswith(f"{PART}/")}
-    return request._replace(tensors=plain)
-
-
-def answered(request: Request, silo: Silo) -> Tensors:
-    """Return what this silo answered to this request before, or nothing if it was not asked yet.
-
-    Raises:
-        Refused: for another request of a round that was answered, or of an earlier one: two answers tell more than one.
-    """
-    where = f"{ANSWERED}.{request.op}"
-    if where not in silo.memory:
-        return {}
-    last, seen = silo.memory[where], mark(request)
-    number = int.from_bytes(bytes(last[:8].tolist()), "big")
-    if number < request.round:
-        return {}
-    said = below(f"{where}:said", silo.memory)
-    if number > request.round or not torch.equal(last, seen) or not said:
-        raise Refused(f"'{request.op}' of round {request.round + 1} was answered here, and is answered once")
-    return said
-
-
-def remembering(request: Request, silo: Silo, said: Tensors) -> dict[str, Tensor]:
-    """Return the silo's memory with what it answers now."""
-    where = f"{ANSWERED}.{request.op}"
-    rest = {name: value for name, value in silo.memory.items() if not name.startswith(where)}
-    return {**rest, where: mark(request), **under(f"{where}:said", said)}
-
-
-def mark(request: Request) -> Tensor:
-    """Return round and digest of a request; of a training request of our own part only, since it is answered once."""
-    ours = {name: value for name, value in sorted(request.tensors.items()) if name.startswith(f"{PART}/")}
-    whole = request.round.to_bytes(8, "big") + digest(ours)
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
