@@ -13,6 +13,7 @@ from fedllm.core.texts import texts_in
 from fedllm.runtime.store import load_checkpoint, read_events
 from fedllm.silo import endpoint
 from tests.endpoints import served, tiny_app
+from tests.tiny import write_rows
 
 SILOS = "ab"
 ROW = re.compile(r"the [cm]at [ab] \d+")
@@ -28,7 +29,7 @@ def url():
 def recipe_for(folder, url, algorithm, **more):
     for name in SILOS:
         rows = [{"text": f"the {'cat' if i % 2 else 'mat'} {name} {i}", "label": str(i % 2)} for i in range(12)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     table = {
         "model": "endpoint",
         "endpoint": {"url": url, "model": "tiny", "tries": 2, **more.pop("endpoint", {})},
