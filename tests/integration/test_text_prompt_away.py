@@ -84,6 +84,19 @@ def test_a_critique_lets_no_run_of_a_silos_words_leave(url, tmp_path, monkeypatc
     assert sum(event["copied"].values()) == len(offered)
 
 
+def test_a_critique_lets_no_personal_data_leave(url, tmp_path, monkeypatch):
+    pytest.importorskip("presidio_analyzer", reason="the extra 'pii' is not installed")
+
+    def telling(self, conversations, writing):
+        return ["Ask jane.doe@example.com first."] * len(conversations)
+
+    monkeypatch.setattr(endpoint.Endpoint, "write", telling)
+    folder = run(recipe_for(tmp_path, url, {"proposer": "critique"}, rounds=1), tmp_path / "run")
+    offered = texts_in("offered", load_checkpoint(folder).state.params)
+    assert offered == ["Ask <EMAIL_ADDRESS> first."] * len(offered) and offered
+    assert sum(rounds_in(folder)[0]["personal"].values()) == len(offered)
+
+
 def test_a_silo_whose_endpoint_is_down_sits_out_and_its_share_of_the_round_is_spent(url, tmp_path, monkeypatch):
     held, calls = endpoint.Endpoint.score, []
 
