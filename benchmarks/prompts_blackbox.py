@@ -34,8 +34,12 @@ def black_box_text(data: Path, folder: Path) -> dict[str, Any]:
 
 
 def searched(name: str, key: str, data: Path, folder: Path) -> dict[str, Any]:
-    """Run a recipe, or go on with its run; return accuracy before, federated and alone (each on every silo's text)."""
-    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", [f"data.root='{data / 'polarity'}'"])
+    """Run a recipe, or go on with its run; return accuracy before, federated and alone (each on every silo's text).
+
+    Of each silo's held-out rows 50 are looked at, before and after: a share of 0.75 is then good to 0.02 over all.
+    """
+    shorter = ["evaluate.examples=50", "evaluate.every=1000"]
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", [f"data.root='{data / 'polarity'}'", *shorter])
     events = read_events(done(recipe, folder))
     base = next(event for event in events if event["event"] == "base")
     rounds = [event for event in events if event["event"] == "round"]

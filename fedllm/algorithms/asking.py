@@ -39,8 +39,7 @@ def gathered(
                 raise Refused("it was not asked, or has answered already")
             if not 0 < reply.weight <= LARGEST_WEIGHT or not all(map(math.isfinite, reply.scalars.values())):
                 raise Refused(f"its weight is {reply.weight}, or one of its numbers is not finite")
-            if f"{SAT_OUT}.utf8" in reply.tensors:
-                raise Refused(f"its model did not answer: {' '.join(texts_in(SAT_OUT, reply.tensors, 1, 1000))}")
+            require_answered(reply)
             found[reply.client] = read(reply)
         except Refused as problem:
             report[f"dropped.{reply.client}"] = str(problem)
@@ -56,6 +55,12 @@ def gathered(
         raise FedllmError(f"No silo's reply of this round can be used ({reasons}); mend that, then resume.")
     report |= {"clients": len(found), "asked": len(asked)}
     return {name: found[name] for name in asked if name in found}, report
+
+
+def require_answered(reply: Reply) -> None:
+    """Refuse the reply of a silo that sits the round out."""
+    if f"{SAT_OUT}.utf8" in reply.tensors:
+        raise Refused(f"its model did not answer: {' '.join(texts_in(SAT_OUT, reply.tensors, 1, 1000))}")
 
 
 def sitting_out(client: Client) -> Client:

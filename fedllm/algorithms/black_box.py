@@ -36,7 +36,7 @@ from fedllm.core.types import (
     Tensors,
     Work,
 )
-from fedllm.silo.candidates import Measure, Reader, drawn, require_measure, soft_scores
+from fedllm.silo.candidates import Measure, Reader, drawn, require_measure, require_reading, soft_scores
 from fedllm.silo.evaluate import held_out
 from fedllm.silo.reading import plain
 from fedllm.silo.tasks import word_tokens
@@ -77,7 +77,8 @@ def black_box(
     search = new_search(dim, population, sigma, derive(ground.seed, "search"))
     name, tokens = prompt_of(ground)
     words = word_tokens(ground.tokenizer, ground.task)
-    require_measure(score, words, plain(ground.model))
+    require_measure(score, words)
+    require_reading(plain(ground.model))
     if examples < 0:
         raise FedllmError(f"algorithm.examples is {examples}; give a number, or 0 for all of a silo's.")
     project = projecting(ground, name, tokens, search, scale, text)

@@ -25,7 +25,7 @@ from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.round import accept
 from fedllm.core.seeds import derive, generator
 from fedllm.core.types import Algorithm, Dataset, Exchange, Reply, Report, Request, Select, Silo, State, Step, Tensors
-from fedllm.silo.candidates import Measure, Reader, drawn, require_measure, soft_scores
+from fedllm.silo.candidates import Measure, Reader, drawn, require_measure, require_reading, soft_scores
 from fedllm.silo.examples import IGNORED, Example
 from fedllm.silo.reading import plain
 from fedllm.silo.tasks import word_tokens
@@ -53,7 +53,8 @@ def fedbpt(
     search = new_search(dim, population, sigma, derive(ground.seed, "search"))
     name, tokens = prompt_of(ground)
     words = word_tokens(ground.tokenizer, ground.task)
-    require_measure(score, words, plain(ground.model))
+    require_measure(score, words)
+    require_reading(plain(ground.model))
     if generations < 1 or examples < 0 or not 0 <= perturb <= 1:
         raise FedllmError("algorithm.generations must be above 0, examples at least 0, and perturb between 0 and 1.")
     project = projecting(ground, name, tokens, search, scale, text)

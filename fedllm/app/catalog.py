@@ -116,7 +116,13 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     },
 }
 
-SEND_PROMPTS = (chains.fed_dp_cot, exemplars.exemplars, self_consistency.fed_sp_sc, templates.templates)
+SEND_PROMPTS = (
+    chains.fed_dp_cot,
+    exemplars.exemplars,
+    self_consistency.fed_sp_sc,
+    templates.templates,
+    text_prompt.text_prompt,
+)
 """Algorithms that ask a model and learn nothing inside it."""
 
 SERVER_FILES = ("pool", "public")

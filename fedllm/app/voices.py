@@ -21,7 +21,10 @@ from fedllm.silo.questions import Asking
 from fedllm.silo.speaker import Speaker
 from fedllm.silo.tasks import Prepared, Task
 
-REMEDY = "name a local model, or an algorithm that only sends prompts: exemplars, fed_sp_sc, fed_dp_cot, templates"
+REMEDY = (
+    "name a local model, or an algorithm that only sends prompts: exemplars, fed_sp_sc, fed_dp_cot, templates, "
+    "text_prompt"
+)
 
 
 class NoWeights(nn.Module):
@@ -107,4 +110,4 @@ def words_task(recipe: Recipe, asking: Asking | None) -> Task:
         found = read(rows, where)
         return Prepared(found, len(rows) - len(found))  # type: ignore[arg-type]
 
-    return Task(recipe.task["name"], prepare, recipe.task.get("label"), asking.words)
+    return Task(recipe.task["name"], prepare, recipe.task.get("label"), asking.words, template=asking.template)

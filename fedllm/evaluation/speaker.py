@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fedllm.core.types import ignore
-from fedllm.evaluation.generate import complete
+from fedllm.evaluation.generate import complete, prompt_ids
 from fedllm.silo.objective import Objective
 from fedllm.silo.scoring import Scored, continuation, score_continuations
 from fedllm.silo.speaker import Speaker, Used, Writing
@@ -35,7 +35,7 @@ def in_process(
             note(0, tokens, 0)
             tick(tokens)
 
-        note(0, 0, len(conversations))
+        note(sum(len(prompt_ids(tokenizer, turns)) for turns in conversations), 0, len(conversations))
         texts = complete(
             model,
             tokenizer,

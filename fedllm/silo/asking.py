@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fedllm.core.seeds import generator
 from fedllm.silo.answers import final, same_words
 from fedllm.silo.questions import Asking, Question
-from fedllm.silo.scoring import Scored
+from fedllm.silo.scoring import Scored, choose_word
 from fedllm.silo.speaker import Speaker, Writing
 from fedllm.silo.templates import Turn
 
@@ -42,8 +42,8 @@ def measure(
 ) -> list[Measured]:
     """Return how each of several prompts does; all are scored in one go.
 
-    With words the likeliest one is the answer, by its plain sum of log-probabilities, and `value` is the
-    log-probability of the right one among them. Without, `value` is that of the whole answer by its tokens.
+    With words the likeliest one is the answer, by its summed log-probability, and `value` is the log-probability of the
+    right one among them. Without, `value` is that of the whole answer by its tokens.
     """
     if speaker.score is None:
         return [by_writing(speaker, asking, prompt, questions) for prompt in prompts]
@@ -69,11 +69,32 @@ def summed(told: Sequence[Sequence[Scored]], questions: Sequence[Question], word
         totals = [score.total for score in scores]
         loss -= totals[own]
         tokens += scores[own].tokens
-        right += totals.index(max(totals)) == own
+        right += likeliest(totals, words) == own
         value += totals[own] - log_sum(totals) if words else totals[own] / scores[own].tokens
     count = max(1, len(questions))
     accuracy = right / count if words else None
     return Measured(value / count, loss / max(1, tokens), accuracy, tokens)
+
+
+def likeliest(totals: Sequence[float], words: Sequence[str]) -> int:
+    """Return the place of the likeliest answer; one that begins others has what is left of its probability.
+
+    >>> likeliest([-0.5, -0.6, -3.0], ["card", "card payment", "cash"])
+    1
+    """
+    return choose_word(totals, [word.split() for word in words]) if words else 0
+
+
+def answers(speaker: Speaker, asking: Asking, prompt: Prompt, questions: Sequence[Question]) -> list[str]:
+    """Return the model's answer to each question, where the task has words."""
+    if speaker.score is None:
+        asked = [[Turn("user", prompt(question.text))] for question in questions]
+        return speaker.write(asked, Writing(max_tokens=SHORT))
+    words = asking.words
+    scores = speaker.score([(prompt(question.text), f" {word}") for question in questions for word in words])
+    totals = [score.total for score in scores]
+    rows = [totals[first : first + len(words)] for first in range(0, len(totals), len(words))]
+    return [words[likeliest(row, words)] for row in rows]
 
 
 def by_writing(speaker: Speaker, asking: Asking, prompt: Prompt, questions: Sequence[Question]) -> Measured:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ Measure: TypeAlias = Literal["choice", "loss", "accuracy"]
 """What a score is, lower being better: nats of the right word among the words (`choice`), nats of a scored token
 (`loss`), or the share of wrong answers (`accuracy`)."""
 
+Value = TypeVar("Value")
+
 WORST = 1e4
 """The score of a candidate whose numbers are not finite."""
 
@@ -40,16 +42,20 @@ class Reader(NamedTuple):
     tick: Callable[[int], None] = ignore
 
 
-def drawn(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+def drawn(examples: Sequence[Value], count: int, seed: int) -> list[Value]:
     """Return `count` of the examples (0: all), at random and the same ones for a seed."""
     order = torch.randperm(len(examples), generator=generator(seed, "scored")).tolist()
     return [examples[place] for place in order[: count or None]]
 
 
-def require_measure(measure: Measure, words: Sequence[Any], model: nn.Module) -> None:
-    """Refuse a score that the task does not have, or a model that cannot keep what it has read."""
+def require_measure(measure: Measure, words: Sequence[Any]) -> None:
+    """Refuse a score that the task does not have."""
     if measure != "loss" and len(words) < 2:
         raise FedllmError(f"algorithm.score is '{measure}', which needs task.words of at least two labels; use 'loss'.")
+
+
+def require_reading(model: nn.Module) -> None:
+    """Refuse a model that cannot keep what it has read."""
     if not can_go_on(model):
         raise FedllmError(
             f"{type(model).__name__} keeps nothing of what it has read; use another model to search with."

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedllm.core.errors import FedllmError
 from fedllm.silo.answers import same_words
-from fedllm.silo.tasks import Row, conversation, text_in
+from fedllm.silo.tasks import Row, conversation, text_in, words_by_label
 
 
 class Question(NamedTuple):
@@ -62,9 +62,10 @@ def asking(task: Mapping[str, Any]) -> Asking | None:
 
 def classified(task: Mapping[str, Any]) -> Asking:
     """Return how rows are asked for their label's word."""
-    text, label, words = task.get("text", "text"), task.get("label", "label"), task.get("words")
-    if not words:
+    text, label = task.get("text", "text"), task.get("label", "label")
+    if not task.get("words"):
         raise FedllmError("task.words is missing: a method that sends prompts has to know which answers there are.")
+    words = words_by_label(task["words"])
 
     def read(rows: Sequence[Row], where: str) -> list[Question]:
         found = []

@@ -109,8 +109,8 @@ def choose(scored: Sequence[Scored], by: Literal["character", "sum"] = "characte
     return max(range(len(values)), key=values.__getitem__)
 
 
-def choose_word(totals: Sequence[float], words: Sequence[tuple[int, ...]]) -> int:
-    """Return the place of the likeliest of several words given as tokens, the first of equals.
+def choose_word(totals: Sequence[float], words: Sequence[Sequence[int] | Sequence[str]]) -> int:
+    """Return the place of the likeliest of several words given as their pieces, the first of equals.
 
     >>> choose_word([-0.10, -0.12], [(5,), (5, 6)]), choose_word([-0.10, -3.0], [(5,), (5, 6)])
     (1, 0)
@@ -118,7 +118,7 @@ def choose_word(totals: Sequence[float], words: Sequence[tuple[int, ...]]) -> in
     return largest(word_shares(totals, words))
 
 
-def word_shares(totals: Sequence[float], words: Sequence[tuple[int, ...]]) -> list[float]:
+def word_shares(totals: Sequence[float], words: Sequence[Sequence[int] | Sequence[str]]) -> list[float]:
     """Return each word's share of the probability that the model says one of them, from their log-likelihoods.
 
     It is the plain sum: the probability that the model says just this word. A word that begins other

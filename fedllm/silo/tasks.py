@@ -165,7 +165,7 @@ def classify(
     `words` maps a label to its word, or lists the labels, whose words are they with a space for each `_`; without it
     a label is its own word, and there is no accuracy. A word may be several tokens.
     """
-    word_of = words if words is None or isinstance(words, Mapping) else {each: each.replace("_", " ") for each in words}
+    word_of = words_by_label(words) if words is not None else None
     if "{text}" not in template:
         raise FedllmError("task.template has no {text}; put it where the row's text goes.")
 
@@ -195,6 +195,15 @@ def classify(
     known = tuple(word_of.values()) if word_of else ()
     neutral = [example for said in NEUTRAL if (example := neutral_row(said))] if known else []
     return Task("classify", prepare, label, known, cue, template, neutral)
+
+
+def words_by_label(words: Mapping[str, str] | Sequence[str]) -> Mapping[str, str]:
+    """Return the word of each label.
+
+    >>> words_by_label(["card_lost", "refund"])
+    {'card_lost': 'card lost', 'refund': 'refund'}
+    """
+    return words if isinstance(words, Mapping) else {each: each.replace("_", " ") for each in words}
 
 
 def label_word(label: str, words: Mapping[str, str] | None) -> str:

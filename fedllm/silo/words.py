@@ -77,6 +77,8 @@ def stems(
 ) -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
     """Read all but the last tokens of the words that have several; yield text, tokens read and log_probs_TV."""
     asked = [(number, stem) for number, place in enumerate(places) for stem in beginnings(contexts.words[place])]
+    # Of like length in a batch: padding would cost more than the words themselves.
+    asked.sort(key=lambda each: -len(each[1]))
     for first in range(0, len(asked), STEMS * batch_size):
         group = asked[first : first + STEMS * batch_size]
         logits_RTV, _ = read(model, [stem for _, stem in group], done.rows([n for n, _ in group]), pad_id, 0)

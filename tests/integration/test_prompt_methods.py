@@ -25,6 +25,14 @@ WORDS = {"0": "negative", "1": "positive"}
 METHODS = {
     "exemplars": {"pool": "pool.jsonl", "shots": 2, "candidates": 2, "questions": 4},
     "templates": {"library": ["Say: {text} ->"], "questions": 4, "offer": 1},
+    "text_prompt": {
+        "prompt": "Say it. Be kind.",
+        "calls": 400,
+        "candidates": 4,
+        "keep": 2,
+        "examples": 4,
+        "proposer": "critique",
+    },
     "fed_sp_sc": {"samples": 2, "tokens": 4},
     "fed_dp_cot": {"public": "public.jsonl", "samples": 2, "tokens": 4, "batch": 2, "own": 1, "agreement": 0.3},
 }
@@ -97,14 +105,21 @@ def test_a_method_runs_and_leaves_a_prompt_to_be_used_elsewhere(here, name):
     assert [event["clients"] for event in rounds] == [2, 2]
     assert rounds[-1]["accuracy"].keys() == {"a", "b"}
     prompt = json.loads((here[name] / "prompt" / "prompt.json").read_text())
-    assert prompt["prompt"].count("{text}") == 1
-    compile((here[name] / "prompt" / "ask.py").read_text(), "ask.py", "exec")
+    if name == "text_prompt":
+        assert prompt["template"].count("{text}") == 1
+    else:
+        assert prompt["prompt"].count("{text}") == 1
+        compile((here[name] / "prompt" / "ask.py").read_text(), "ask.py", "exec")
     assert (here[name] / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["exemplars", "templates"])
+GREEDY = {"templates": {"offer": 0}, "text_prompt": {"proposer": "edits"}}
+"""What lets no model write, whose dice fall elsewhere at an endpoint."""
+
+
+@pytest.mark.parametrize("name", ["exemplars", "templates", "text_prompt"])
 def test_through_an_endpoint_the_same_is_chosen(place, here, name, tmp_path):
-    changes = {"algorithm": {"name": name, **METHODS[name], **({"offer": 0} if name == "templates" else {})}}
+    changes = {"algorithm": {"name": name, **METHODS[name], **GREEDY.get(name, {})}}
     with served(tiny_app()) as url:
         near = run(recipe_for(place, name, **changes), tmp_path / "near")
         far = run(recipe_for(place, name, **changes, **at_endpoint(url)), tmp_path / "far")
@@ -239,6 +254,24 @@ def test_no_site_sends_its_text_to_an_api_that_it_did_not_name(place, tmp_path):
         ("fed_sp_sc", {"algorithm": {"name": "fed_sp_sc", "epsilon": 1.0}}, "known beforehand"),
         ("fed_dp_cot", {"algorithm": {"name": "fed_dp_cot", "public": "public.jsonl", "batch": 9}}, "has 4 questions"),
         ("fed_dp_cot", {"transforms": [{"name": "cast"}]}, "take"),
+        ("text_prompt", {"task": {"name": "instruct"}, "silos": {"a": "sums_a.jsonl"}}, "needs task.words"),
+        (
+            "text_prompt",
+            {
+                "task": {"name": "instruct"},
+                "silos": {"a": "sums_a.jsonl"},
+                "algorithm": {**METHODS["text_prompt"], "name": "text_prompt", "score": "loss"},
+            },
+            "reads wrong answers",
+        ),
+        (
+            "text_prompt",
+            {
+                "algorithm": {**METHODS["text_prompt"], "name": "text_prompt", "tokens": 1000},
+                **at_endpoint("http://x/v1"),
+            },
+            "set endpoint.tokens",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_at_plan_time(place, name, changes, says):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedllm.algorithms.budget import Budget
 from fedllm.algorithms.edits import edits, paraphrases
 from fedllm.algorithms.method import Ground
-from fedllm.algorithms.text_prompt import Pool, affordable, charged, text_prompt
+from fedllm.algorithms.text_prompt import Pool, charged, text_prompt
+from fedllm.algorithms.trying import affordable
 from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError
 from fedllm.core.texts import texts_in
