@@ -37,10 +37,11 @@ from fedllm.exchange import (
     fragments,
     local_dp,
     quantise,
+    random_k,
     select,
     top_k,
 )
-from fedllm.silo import cleaning, dedupe, dp_sgd, partition, pii, prompts, quality, tasks, trainables, training
+from fedllm.silo import cleaning, dedupe, dp_sgd, ffa, partition, pii, prompts, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "algorithm": {
@@ -58,6 +59,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "none": trainables.none,
         "full": trainables.full,
         "lora": trainables.lora,
+        "ffa_lora": ffa.ffa_lora,
         "dora": trainables.dora,
         "ia3": trainables.ia3,
         "prefix": prompts.prefix,
@@ -91,6 +93,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "clip": clip.clip,
         "cast": cast.cast,
         "top_k": top_k.top_k,
+        "random_k": random_k.random_k,
         "quantise": quantise.quantise,
         "dct": dct.dct,
         "central_dp": central_dp.central_dp,

@@ -176,7 +176,7 @@ def transforms(recipe: Recipe, silos: int, secret: bytes) -> list[Transform]:
             bound = [around(recipe, silos, secret)]
         if name in AT_SILO:
             bound = [secret]
-        made.append(make("transforms", part, *bound))
+        made.append(make("transforms", part, *bound, seed=recipe.seed))
     return made
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fedllm.app.config import Recipe
-from fedllm.app.privacy import around, sum_noise
+from fedllm.app.privacy import around, in_sum, sum_noise
 from fedllm.core.errors import FedllmError
 from fedllm.core.round import wire_stages
 from fedllm.core.types import Facts, Middleware, Share, Tensors, Transform, Work
@@ -44,7 +45,12 @@ def secure_part(
         circle(settings, each, each)
     facts = work.claim(Facts())
     for transform in transforms:
-        facts = transform.claim(facts)
+        before, facts = facts, transform.claim(facts)
+        if in_sum(recipe) and not (facts.norm_bound or math.inf) <= (before.norm_bound or math.inf):
+            raise FedllmError(
+                f"transforms: '{transform.name}' sends in a round also what was left over from earlier ones, and the "
+                "noise of client.noise_in = 'sum' is measured for one round's records; set error_feedback = false."
+            )
     try:
         from fedllm.exchange.secure.middleware import secure_sum
         from fedllm.exchange.secure.shares import library

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedllm.app.progress import Ui
 from fedllm.app.run import resume, run
-from fedllm.core.errors import Interrupted
+from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.runtime.store import read_events
 from tests.tiny import write_model, write_rows
 
@@ -108,3 +108,17 @@ def test_lost_silos_are_reported_and_a_round_with_too_few_changes_nothing(place,
     assert (first["clients"], first["dropped"]) == (3, {"a": "it is away"})
     assert second["clients"] == 0 and second["dropped"]["b"] == "it is away"
     assert "2 are lost already and 1 may be" in second["dropped"]["c"] or "secure.least" in second["dropped"]["c"]
+
+
+def test_a_mask_that_all_silos_share_is_summed_and_one_that_remembers_is_refused_under_noise_for_records(
+    place, tmp_path
+):
+    masked = [{"name": "random_k", "fraction": 0.25}, {"name": "clip", "max_norm": 0.2}]
+    secure = run(table(place, transforms=masked), tmp_path / "secure", secret=SECRET)
+    plain = run(table(place, transforms=masked, secure=None), tmp_path / "plain", secret=SECRET)
+    one, other = adapter(secure), adapter(plain)
+    assert max(float((value - other[name]).abs().max()) for name, value in one.items()) < 2e-6
+    shared = {"name": "dp_sgd", "clip": 1.0, "noise": 1.0, "noise_in": "sum", "steps": 1, "batch_size": 4}
+    records = table(place, transforms=masked, client=shared, aggregate={"weights": "uniform"})
+    with pytest.raises(FedllmError, match="set error_feedback = false"):
+        run(records, tmp_path / "records")

@@ -10,7 +10,7 @@ from fedllm.app.audits.case import Case
 from fedllm.app.catalog import make
 from fedllm.app.secure import secure_part
 from fedllm.core.optimisers import fedavg
-from fedllm.core.round import averaging, everything, wire_stages
+from fedllm.core.round import averaging, everything, in_round, wire_stages
 from fedllm.core.seeds import derive, generator
 from fedllm.core.tensors import below, subtract
 from fedllm.core.types import Reply, Request, Silo, Tensors, Work
@@ -80,8 +80,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
 
     after, _ = algorithm.server(start, watched)
     now = [
-        part.at(below(f"{place}.{part.name}", start.transforms)) if part.at else part
-        for place, part in enumerate(transforms)
+        in_round(part, number, below(f"{place}.{part.name}", start.transforms)) for place, part in enumerate(transforms)
     ]
     stages = wire_stages(transforms, params)
     each = {}
