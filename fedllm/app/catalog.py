@@ -36,10 +36,12 @@ from fedllm.exchange import (
     distributed_dp,
     fragments,
     local_dp,
+    median,
     quantise,
     random_k,
     select,
     top_k,
+    trimmed_mean,
 )
 from fedllm.silo import cleaning, dedupe, dp_sgd, ffa, partition, pii, prompts, quality, tasks, trainables, training
 
@@ -80,7 +82,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "deltas": deltas.deltas,
         "scored_layers": scored_layers.scored_layers,
     },
-    "aggregate": {"mean": aggregate.mean},
+    "aggregate": {"mean": aggregate.mean, "median": median.median, "trimmed_mean": trimmed_mean.trimmed_mean},
     "optimiser": {
         "fedavg": optimisers.fedavg,
         "fedavgm": optimisers.fedavgm,

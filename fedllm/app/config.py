@@ -124,6 +124,7 @@ class Secure(Closed):
     least: int = Field(3, ge=3)
     bits: Literal[16, 32] = 32
     largest_weight: float = Field(10_000, ge=1, le=2**20)
+    groups: int = Field(1, ge=1)
     largest_value: float | None = Field(None, gt=0)
 
 

@@ -10,7 +10,7 @@ from fedllm.app.privacy import around, in_sum, sum_noise
 from fedllm.core.errors import FedllmError
 from fedllm.core.round import wire_stages
 from fedllm.core.types import Facts, Middleware, Share, Tensors, Transform, Work
-from fedllm.exchange.secure.settings import Settings, circle
+from fedllm.exchange.secure.settings import Circle, Settings, circle
 
 
 def secure_part(
@@ -41,8 +41,7 @@ def secure_part(
         )
     settings = Settings(**recipe.secure.model_dump())
     if silos > 1:
-        each = int(recipe.select.get("size", silos))
-        circle(settings, each, each)
+        require_groups(settings, int(recipe.select.get("size", silos)))
     facts = work.claim(Facts())
     for transform in transforms:
         before, facts = facts, transform.claim(facts)
@@ -69,8 +68,28 @@ def secure_part(
             lambda number: wire_stages(transforms, share.up(number, params))[-1],
             weighted,
             noise,
+            recipe.seed,
         )
     ]
+
+
+def one_sum(recipe: Recipe) -> Recipe:
+    """Return the recipe of one group's sum, where a recipe has groups: what the server sees of them."""
+    if recipe.secure is None or recipe.secure.groups == 1:
+        return recipe
+    alone = recipe.secure.model_copy(update={"groups": 1})
+    return recipe.model_copy(update={"secure": alone, "aggregate": {"name": "mean"}})
+
+
+def require_groups(settings: Settings, silos: int) -> list[Circle]:
+    """Return the circles of the smallest and the largest group of so many silos, or raise where one does not fit."""
+    sizes = sorted({silos // settings.groups, -(-silos // settings.groups)})
+    if settings.groups > 1 and sizes[0] < settings.least:
+        raise FedllmError(
+            f"secure.groups deals {silos} silos out to {settings.groups} groups, of which the smallest has {sizes[0]}, "
+            f"and secure.least is {settings.least}; set secure.groups to {max(1, silos // settings.least)} or fewer."
+        )
+    return [circle(settings, size, size) for size in sizes]
 
 
 def secure_lines(recipe: Recipe, silos: int) -> list[str]:
@@ -79,10 +98,13 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
         return []
     size = int(around(recipe, silos, b"").expected) if recipe.select["name"] != "everyone" else silos
     size = max(size, recipe.secure.least)
-    now = circle(Settings(**recipe.secure.model_dump()), size, size)
+    settings = Settings(**recipe.secure.model_dump())
+    now, *_ = each = require_groups(settings, size)
+    sizes = " or ".join(str(one.silos) for one in each)
+    many = "sums" if settings.groups == 1 else f"{settings.groups} groups, dealt anew each round, sums"
     return [
-        f"secure       sums of {now.silos} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
+        f"secure       {many} of {sizes} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
         f"lost, hidden from the server with the help of {recipe.secure.colluding} of them ({now.threshold} shares of "
-        f"{now.neighbours + 1} bring a key back)",
+        f"{now.neighbours + 1} bring a key back); the server sees no sum of fewer than {now.silos - now.drop_outs}",
         "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)",
     ]

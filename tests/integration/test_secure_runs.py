@@ -6,6 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedllm.app.build import build
+from fedllm.app.config import read_recipe
+from fedllm.app.plan_view import plan_lines
 from fedllm.app.progress import Ui
 from fedllm.app.run import resume, run
 from fedllm.core.errors import FedllmError, Interrupted
@@ -122,3 +125,17 @@ def test_a_mask_that_all_silos_share_is_summed_and_one_that_remembers_is_refused
     records = table(place, transforms=masked, client=shared, aggregate={"weights": "uniform"})
     with pytest.raises(FedllmError, match="set error_feedback = false"):
         run(records, tmp_path / "records")
+
+
+def test_a_median_over_sums_of_groups_runs_and_too_small_groups_are_refused(place, tmp_path):
+    silos = {f"{name}{part}": f"{name}.jsonl" for name in "abcd" for part in (1, 2)}
+    compared = table(place, silos=silos, aggregate={"name": "median"}, rounds=1)
+    groups = {**compared, "secure": {"groups": 2, "largest_weight": 20}}
+    told = [line for line in plan_lines(build(read_recipe(groups), weights=False)) if "groups" in line]
+    assert any("2 groups, dealt anew each round, sums of 4 silos" in line and "fewer than 3" in line for line in told)
+    folder = run(groups, tmp_path / "run")
+    assert [event["clients"] for event in rounds(folder)] == [8]
+    with pytest.raises(FedllmError, match=r"set secure.groups to 2 or fewer"):
+        run({**compared, "secure": {"groups": 3}}, tmp_path / "small")
+    with pytest.raises(FedllmError, match=r"set secure.groups to 3 or more"):
+        run({**compared, "secure": {}}, tmp_path / "one")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, overload
 from fedllm.app import privacy
 from fedllm.app.audits.case import Case
 from fedllm.app.catalog import make
-from fedllm.app.secure import secure_part
+from fedllm.app.secure import one_sum, secure_part
 from fedllm.core.optimisers import fedavg
 from fedllm.core.round import averaging, everything, in_round, wire_stages
 from fedllm.core.seeds import derive, generator
@@ -54,7 +54,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
 
     Clipping, codecs, noise and the average are the recipe's; the server takes the plain average as its step.
     """
-    recipe, params, silos = case.recipe, case.state.params, len(case.parts.silos.names)
+    recipe, params, silos = one_sum(case.recipe), case.state.params, len(case.parts.silos.names)
     transforms = privacy.transforms(recipe, silos, case.secret)
     algorithm = averaging(
         work=work,
