@@ -116,7 +116,7 @@ class Privacy(Closed):
 
 
 class Secure(Closed):
-    """The server sees only the sum of the silos' updates: `exchange.secure.settings.Settings`."""
+    """The server sees only the sum of the silos' updates: `exchange.secure.settings.Settings`, and more."""
 
     neighbours: int = Field(0, ge=0)
     drop_outs: int | None = Field(None, ge=0)
@@ -126,6 +126,8 @@ class Secure(Closed):
     largest_weight: float = Field(10_000, ge=1, le=2**20)
     groups: int = Field(1, ge=1)
     largest_value: float | None = Field(None, gt=0)
+    losses: bool = False
+    """Let each silo tell its held-out loss and how many examples it has; else neither leaves it."""
 
 
 class Links(Closed):

@@ -36,6 +36,16 @@ def check_together(recipe: Recipe, elsewhere: bool) -> None:
             f"algorithm '{recipe.algorithm['name']}' has no noise that could be accounted; take the transform that "
             "adds noise out of the recipe, or learn with algorithm 'averaging'."
         )
+    if recipe.evaluate.pooled and privacy.keeps_losses(recipe):
+        raise FedllmError(
+            "evaluate.pooled is held against each silo's held-out loss, and with [secure] none is told; set "
+            "evaluate.pooled = false, or secure.losses = true."
+        )
+    if privacy.hides_records(recipe) and privacy.keeps_losses(recipe) and elsewhere and "rate" not in recipe.client:
+        raise FedllmError(
+            "client.rate is not set, so the ledger needs to know how many examples each site has, and with [secure] "
+            "none tells it; set client.rate, or secure.losses = true."
+        )
     if recipe.secure and recipe.algorithm["name"] != "averaging":
         raise FedllmError(
             f"[secure] hides updates in their sum, and algorithm '{recipe.algorithm['name']}' asks each silo for its "

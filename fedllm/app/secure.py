@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedllm.app.config import Recipe
+from fedllm.app.config import Recipe, Secure
 from fedllm.app.privacy import around, in_sum, sum_noise
 from fedllm.core.errors import FedllmError
 from fedllm.core.round import wire_stages
@@ -36,10 +36,10 @@ def secure_part(
         )
     if recipe.evaluate.alone:
         raise FedllmError(
-            "evaluate.alone tells what each silo reaches by itself, and with [secure] nothing of one silo is told but "
-            "its held-out loss; set evaluate.alone = false."
+            "evaluate.alone tells what each silo reaches by itself, and with [secure] that of no silo is told; set "
+            "evaluate.alone = false."
         )
-    settings = Settings(**recipe.secure.model_dump())
+    settings = settings_of(recipe.secure)
     if silos > 1:
         require_groups(settings, int(recipe.select.get("size", silos)))
     facts = work.claim(Facts())
@@ -73,6 +73,11 @@ def secure_part(
     ]
 
 
+def settings_of(table: Secure) -> Settings:
+    """Return what a recipe's table says of the sum itself."""
+    return Settings(**table.model_dump(exclude={"losses"}))
+
+
 def one_sum(recipe: Recipe) -> Recipe:
     """Return the recipe of one group's sum, where a recipe has groups: what the server sees of them."""
     if recipe.secure is None or recipe.secure.groups == 1:
@@ -98,7 +103,7 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
         return []
     size = int(around(recipe, silos, b"").expected) if recipe.select["name"] != "everyone" else silos
     size = max(size, recipe.secure.least)
-    settings = Settings(**recipe.secure.model_dump())
+    settings = settings_of(recipe.secure)
     now, *_ = each = require_groups(settings, size)
     sizes = " or ".join(str(one.silos) for one in each)
     many = "sums" if settings.groups == 1 else f"{settings.groups} groups, dealt anew each round, sums"
@@ -106,5 +111,7 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
         f"secure       {many} of {sizes} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
         f"lost, hidden from the server with the help of {recipe.secure.colluding} of them ({now.threshold} shares of "
         f"{now.neighbours + 1} bring a key back); the server sees no sum of fewer than {now.silos - now.drop_outs}",
-        "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)",
+        "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)"
+        if recipe.secure.losses
+        else "not told     any silo's held-out loss, or how many examples it has (secure.losses = true tells both)",
     ]

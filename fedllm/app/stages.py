@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fedllm.app.budget import after_round, before_round
 from fedllm.app.build import Parts
+from fedllm.app.privacy import keeps_losses
 from fedllm.app.progress import Ui
 from fedllm.app.results import MEASURES
 from fedllm.core.errors import FedllmError
@@ -40,10 +41,13 @@ def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
     asked = dict.fromkeys(parts.method.ops if parts.method else parts.algorithm.ops, train)
+    both = {**asked, "evaluate": looking(parts, memory, ui)}
     shards, skipped = parts.silos.shards, parts.silos.skipped
+    if keeps_losses(parts.recipe):
+        return Nodes(by_op(both), memory, {name: {} for name in shards})
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in shards.items()}
     counts = {name: with_skipped(s.cleaned, skipped.get(name, 0)) for name, s in shards.items()}
-    return Nodes(by_op({**asked, "evaluate": looking(parts, memory, ui)}), memory, held, counts)
+    return Nodes(by_op(both), memory, held, counts)
 
 
 def with_skipped(cleaned: Mapping[str, int], skipped: int) -> dict[str, int]:
@@ -153,8 +157,10 @@ def held_out_losses(
 ) -> dict[str, dict[str, float]]:
     """Return `loss` (and `accuracy` and `calibrated` where the task has them) on the silos' held-out text.
 
-    With `shared` what silos keep to themselves is left out.
+    With `shared` what silos keep to themselves is left out. Where they keep their losses, none is asked.
     """
+    if keeps_losses(parts.recipe):
+        return {}
     names = parts.looked if names is None else names
     requests = [
         Request(name, round_number, "evaluate", params, {"base": float(base), "shared": float(shared)})

@@ -10,6 +10,7 @@ from fedllm.app.build import build
 from fedllm.app.config import read_recipe
 from fedllm.app.plan_view import plan_lines
 from fedllm.app.progress import Ui
+from fedllm.app.results import summary, verdict
 from fedllm.app.run import resume, run
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.runtime.store import read_events
@@ -139,3 +140,30 @@ def test_a_median_over_sums_of_groups_runs_and_too_small_groups_are_refused(plac
         run({**compared, "secure": {"groups": 3}}, tmp_path / "small")
     with pytest.raises(FedllmError, match=r"set secure.groups to 3 or more"):
         run({**compared, "secure": {}}, tmp_path / "one")
+
+
+def of_silos(value, names):
+    """All that a thing of lists and tables says by the name of a silo."""
+    if isinstance(value, dict):
+        own = [each for key, each in value.items() if key in names]
+        return [*own, *(found for each in value.values() for found in of_silos(each, names))]
+    return [found for each in value for found in of_silos(each, names)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_no_number_of_one_silo_is_in_a_run_unless_the_recipe_says_so(place, tmp_path, losses):
+    made = table(place, rounds=1, secure={"drop_outs": 1, "largest_weight": 20, "losses": losses})
+    folder = run(made, tmp_path / "run")
+    told = of_silos(read_events(folder), "abcd") + of_silos(json.loads((folder / "metrics.json").read_text()), "abcd")
+    numbers = [value for value in told if value]
+    assert bool(numbers) is losses
+    said = verdict(summary(read_events(folder)))
+    assert ("mean held-out loss" in said) is losses and ("No silo told its held-out loss" in said) is not losses
+    assert ("No silo told its held-out loss" in (folder / "report.html").read_text()) is not losses
+    line = next(line for line in plan_lines(build(read_recipe(made), weights=False)) if "held-out loss" in line)
+    assert line.startswith("not summed" if losses else "not told")
+
+
+def test_what_needs_the_losses_is_refused(place, tmp_path):
+    with pytest.raises(FedllmError, match=r"secure.losses = true"):
+        run(table(place, evaluate={"alone": False, "pooled": True}), tmp_path / "pooled")
