@@ -182,6 +182,8 @@ class Federation(Closed):
     """Sites that must take part."""
     patience: float = Field(60, gt=0)
     """Seconds without any progress after which a site's work of a round is given up."""
+    deadline: float | None = Field(None, gt=0)
+    """Seconds after which a site that is still at work on what a round asks is late, and not waited for."""
     parallel: int = Field(8, gt=0)
     """Sites that send or fetch at the same time; all work at the same time."""
 

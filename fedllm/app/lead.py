@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,12 +148,17 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
             return update
         return FINGERPRINT_BYTES if request.op == "fingerprints" else ANSWER_BYTES
 
+    def deadline(request: Request) -> float:
+        of_round = request.op in (parts.method.ops if parts.method else parts.algorithm.ops)
+        return recipe.federation.deadline or math.inf if of_round else math.inf
+
     exchange = remote(
         line,
         folder / "spool",
         run=folder.name,
         patience=recipe.federation.patience,
         parallel=recipe.federation.parallel,
+        deadline=deadline,
         largest=largest,
         note=note,
         progress=live.site,

@@ -71,6 +71,8 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in ("tokens", "bytes_up", "bytes_down"):
         metrics[key] = sum(event[key] for event in rounds)
     metrics["dropped"] = sum(len(event["dropped"]) for event in rounds)
+    if slow := sum(len(event.get("late", [])) for event in rounds):
+        metrics["late"] = slow
     metrics["seconds"] = last(events, "done").get("seconds", 0.0)
     metrics["train_seconds"] = sum(event["seconds"]["train"] for event in rounds)
     if "peak_mb" in last(events, "done"):

@@ -82,6 +82,10 @@ def ignore(tokens: int) -> None:
     """Take note of nothing."""
 
 
+LATE = "it was late"
+"""How the reason begins why a silo is not in a round that works but was not waited for; others are lost."""
+
+
 class Silo(NamedTuple):
     """What one organisation holds. It never leaves the node.
 

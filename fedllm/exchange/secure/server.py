@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.core.types import Exchange, Reply, Request, Tensors
+from fedllm.core.types import LATE, Exchange, Reply, Request, Tensors
 from fedllm.exchange.secure.fixed_point import values_of
 from fedllm.exchange.secure.graph import dealt, neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -49,7 +49,7 @@ from fedllm.exchange.secure.settings import Circle, circle
 from fedllm.exchange.secure.shares import joined
 from fedllm.exchange.secure.silo import BAD, Made, tail_of
 
-LATE = "it was late: its masked update came when the others were being unmasked, and was not used"
+TOO_LATE = f"{LATE}: its masked update came when the others were being unmasked, and was not used"
 
 
 @dataclass
@@ -140,7 +140,7 @@ def hear(exchange: Exchange, phases: Mapping[int, Phase], lost: Sequence[dict[st
         if any(phase.stale(reply) for phase in phases.values()):
             for each in lost:
                 if reply.client in each:
-                    each[reply.client] = LATE
+                    each[reply.client] = TOO_LATE
         elif (place := waiting.pop(reply.client, None)) is not None:
             try:
                 phases[place].take(reply)
