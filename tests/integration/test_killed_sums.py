@@ -37,7 +37,8 @@ def table(place: Path) -> dict[str, Any]:  # noqa: F811
     return {**recipe(place), **small, "evaluate": {"alone": False}, "keep": {"checkpoints": 0}}
 
 
-def secure(place: Path, folder: Path, ui: Ui | None) -> None:  # noqa: F811
+def secure(place: Path, folder: Path, at: int | None) -> None:  # noqa: F811
+    ui = Deadly(at) if at else None
     summed = {"transforms": [{"name": "clip", "max_norm": 0.2}], "secure": {"drop_outs": 0}}
     if (folder / "recipe.toml").exists():
         resume(folder, ui)
@@ -45,8 +46,8 @@ def secure(place: Path, folder: Path, ui: Ui | None) -> None:  # noqa: F811
         run({**table(place), **summed}, folder, ui=ui, secret=b"k" * 32)
 
 
-def forgetting(place: Path, folder: Path, ui: Ui | None) -> None:  # noqa: F811
-    unlearn(place / "old", Wish("c"), folder, ui)
+def forgetting(place: Path, folder: Path, at: int | None) -> None:  # noqa: F811
+    unlearn(place / "old", Wish("c"), folder, Deadly(at) if at else None)
 
 
 def whole(folder: Path) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def whole(folder: Path) -> dict[str, Any]:
 def process(work: Callable[..., None], place: Path, folder: Path, at: int | None) -> int | None:  # noqa: F811
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
-    made = context.Process(target=work, args=(place, folder, Deadly(at) if at else None))
+    made = context.Process(target=work, args=(place, folder, at))
     made.start()
     made.join(300)
     return made.exitcode
