@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -74,7 +76,7 @@ def test_a_run_that_was_stopped_is_resumed_with_the_same_bits(place, tmp_path):
     whole = table(place, runtime="local", **private)
     straight = run(whole, tmp_path / "straight", secret=SECRET)
     with pytest.raises(Interrupted):
-        run(whole, tmp_path / "stopped", secret=SECRET, ui=Stopping(15))
+        run(whole, tmp_path / "stopped", secret=SECRET, ui=Stopping(6))
     assert len(rounds(tmp_path / "stopped")) < 2
     resume(tmp_path / "stopped")
     one, other = adapter(straight), adapter(tmp_path / "stopped")
