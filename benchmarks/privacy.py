@@ -19,6 +19,8 @@ that was never seen has 1.42 on average. `epsilon_from_below_*` is what the coin
 
 *Utility*: what is kept of the gain without noise at epsilon 8, 3 and 1 (`benchmarks/privacy_utility.py`).
 
+*Users*: the same where each of 1,000 users is hidden with all its records (`benchmarks/privacy_users.py`).
+
 The goals: without protection most tokens are recovered and the secrets found; with the sum or epsilon = 8 both are at
 chance; at epsilon = 8, 70 % of the gain is kept.
 """
@@ -34,6 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, done, keep, machine
+from benchmarks.privacy_users import users
 from benchmarks.privacy_utility import utility
 from fedllm.app.audits.case import open_case
 from fedllm.app.audits.findings import Finding
@@ -157,6 +160,7 @@ PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "exposure_plain": lambda data, folder: exposure(data, folder, False),
     "exposure_dp": lambda data, folder: exposure(data, folder, True),
     "utility": utility,
+    "users": users,
 }
 
 KEYS = (

@@ -41,7 +41,7 @@ def in_sum(epsilon: float) -> dict[str, Any]:
             "clip": 0.3,
             "learning_rate": 1.0,
         },
-        "secure": {"drop_outs": 1, "largest_weight": 1},
+        "secure": {"drop_outs": 1, "largest_weight": 1, "losses": True},
         "optimiser": {"name": "fedadam", "learning_rate": 1e-2, "tau": 1e-4},
         "privacy": {"delta": DELTA, "target_epsilon": epsilon},
     }

@@ -56,14 +56,18 @@ class Wire:
 
     def exchange(self, requests):
         if requests[0].op == SHARES:
-            self.step = grid(self.settings.bits, self.bound, len(requests)).step
+            self.step = grid(self.settings.bits, self.bound, len(requests) // self.settings.groups).step
         replies = [self.answer(request) for request in requests]
         self.seen += list(zip(requests, replies, strict=True))
         yield from self.fault(requests[0].op, replies) if self.fault else replies
 
+    def rounds(self, names, number=0):
+        """Let the server's half add up; its replies, one a group."""
+        return list(self.layer.exchange(self.exchange)([Request(name, number, "train", LIKE) for name in names]))
+
     def round(self, names, number=0):
         """Let the server's half add up; its one reply."""
-        (reply,) = self.layer.exchange(self.exchange)([Request(name, number, "train", LIKE) for name in names])
+        (reply,) = self.rounds(names, number)
         return reply
 
 

@@ -179,7 +179,7 @@ def build(
     if not (elsewhere or endpoint) and virtual_tokens(model):
         require_room(model, virtual_tokens(model), longest_of_all(silos))
 
-    transforms = [] if privacy.is_private(recipe) else [make("transforms", part) for part in recipe.transforms]
+    transforms = [] if privacy.is_private(recipe) else privacy.transforms(recipe, len(silos.names), secret)
     speaker = speaker_for(endpoint, tokenizer, objective, recipe.evaluate.batch_size)
     method = make_method(recipe, model, tokenizer, task, trainable, objective, silos.names, transforms, asked, speaker)
     if method:

@@ -36,11 +36,14 @@ from fedllm.exchange import (
     distributed_dp,
     fragments,
     local_dp,
+    median,
     quantise,
+    random_k,
     select,
     top_k,
+    trimmed_mean,
 )
-from fedllm.silo import cleaning, dedupe, dp_sgd, partition, pii, prompts, quality, tasks, trainables, training
+from fedllm.silo import cleaning, dedupe, dp_sgd, ffa, partition, pii, prompts, quality, tasks, trainables, training
 
 CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
     "algorithm": {
@@ -58,6 +61,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "none": trainables.none,
         "full": trainables.full,
         "lora": trainables.lora,
+        "ffa_lora": ffa.ffa_lora,
         "dora": trainables.dora,
         "ia3": trainables.ia3,
         "prefix": prompts.prefix,
@@ -78,7 +82,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "deltas": deltas.deltas,
         "scored_layers": scored_layers.scored_layers,
     },
-    "aggregate": {"mean": aggregate.mean},
+    "aggregate": {"mean": aggregate.mean, "median": median.median, "trimmed_mean": trimmed_mean.trimmed_mean},
     "optimiser": {
         "fedavg": optimisers.fedavg,
         "fedavgm": optimisers.fedavgm,
@@ -91,6 +95,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "clip": clip.clip,
         "cast": cast.cast,
         "top_k": top_k.top_k,
+        "random_k": random_k.random_k,
         "quantise": quantise.quantise,
         "dct": dct.dct,
         "central_dp": central_dp.central_dp,

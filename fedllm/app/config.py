@@ -116,7 +116,7 @@ class Privacy(Closed):
 
 
 class Secure(Closed):
-    """The server sees only the sum of the silos' updates: `exchange.secure.settings.Settings`."""
+    """The server sees only the sum of the silos' updates: `exchange.secure.settings.Settings`, and more."""
 
     neighbours: int = Field(0, ge=0)
     drop_outs: int | None = Field(None, ge=0)
@@ -124,7 +124,10 @@ class Secure(Closed):
     least: int = Field(3, ge=3)
     bits: Literal[16, 32] = 32
     largest_weight: float = Field(10_000, ge=1, le=2**20)
+    groups: int = Field(1, ge=1)
     largest_value: float | None = Field(None, gt=0)
+    losses: bool = False
+    """Let each silo tell its held-out loss and how many examples it has; else neither leaves it."""
 
 
 class Homomorphic(Closed):
@@ -192,6 +195,8 @@ class Federation(Closed):
     """Sites that must take part."""
     patience: float = Field(60, gt=0)
     """Seconds without any progress after which a site's work of a round is given up."""
+    deadline: float | None = Field(None, gt=0)
+    """Seconds after which a site that is still at work on what a round asks is late, and not waited for."""
     parallel: int = Field(8, gt=0)
     """Sites that send or fetch at the same time; all work at the same time."""
 

@@ -52,7 +52,7 @@ def homomorphic_part(
     def like(number: int) -> Tensors:
         return wire_stages(transforms, share.up(number, params))[-1]
 
-    bound = norm_bound(work, transforms)
+    bound = norm_bound(recipe, work, transforms)
     weighted = recipe.aggregate.get("weights", "examples") == "examples"
     own = key or key_of(secret, "homomorphic key")
     return [homomorphic_sum(settings, own, secret, bound, like, weighted, share.period)]

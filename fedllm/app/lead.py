@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.duplicates import between
 from fedllm.app.live import Lines, Live
-from fedllm.app.privacy import has_secret, is_private, resolved
+from fedllm.app.privacy import has_secret, is_private, keeps_losses, resolved
 from fedllm.app.run import go
 from fedllm.app.scores import check_files
 from fedllm.app.stages import Nodes, with_skipped
@@ -147,12 +148,17 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
             return update
         return FINGERPRINT_BYTES if request.op == "fingerprints" else ANSWER_BYTES
 
+    def deadline(request: Request) -> float:
+        of_round = request.op in (parts.method.ops if parts.method else parts.algorithm.ops)
+        return recipe.federation.deadline or math.inf if of_round else math.inf
+
     exchange = remote(
         line,
         folder / "spool",
         run=folder.name,
         patience=recipe.federation.patience,
         parallel=recipe.federation.parallel,
+        deadline=deadline,
         largest=largest,
         note=note,
         progress=live.site,
@@ -163,10 +169,11 @@ def reach(folder: Path, parts: Parts, line: Line, live: Live) -> Nodes:
     live.say("each site opens the model and its text")
     if recipe.duplicates and (told := between(folder, recipe, parts.silos.names, exchange, why)):
         live.say(told)
-    held: dict[str, Mapping[str, int]] = {name: {"train": 0, "test": 0} for name in parts.silos.names}
+    kinds: tuple[str, ...] = () if keeps_losses(recipe) else ("train", "test")
+    held: dict[str, Mapping[str, int]] = {name: dict.fromkeys(kinds, 0) for name in parts.silos.names}
     counts: dict[str, Mapping[str, int]] = {}
     for reply in exchange([Request(name, 0, "open", {}) for name in parts.silos.names]):
-        held[reply.client] = {part: int(reply.scalars.get(part, 0)) for part in ("train", "test")}
+        held[reply.client] = {part: int(reply.scalars.get(part, 0)) for part in kinds}
         counts[reply.client] = counted_there(reply.scalars)
         live.say(f"{reply.client} is ready")
     return Nodes(exchange, {}, held, counts, silent)

@@ -37,14 +37,17 @@ MEAN_BYTES = 16
 
 
 SEES = {
-    "each": "server sees each silo's update",
-    "part": "server sees each silo's tensors that are in clear, times its weight, and of the rest only the sum",
+    "each": "each silo's update",
+    "part": "each silo's tensors that are in clear, times its weight, and of the rest only the sum",
+    "sum": "only the sum",
+    "groups": "only the sums of groups",
 }
+"""What `Facts.sees` says, in words."""
 
 
 def facts_text(facts: Facts) -> str:
     """Say what is known of an update."""
-    sees = SEES.get(facts.sees, "server sees only the sum")
+    sees = f"server sees {SEES[facts.sees]}"
     bound = (
         "norm not bounded"
         if facts.norm_bound is None
@@ -100,11 +103,9 @@ def privacy_lines(parts: Parts) -> Iterator[str]:
     """Yield what a run's noise is worth by plan, and what it leaves open; without noise that nothing is claimed."""
     recipe, names = parts.recipe, parts.silos.names
     examples = counts(recipe, parts.silos)
-    sums = parts.plan.steps[-1].facts.sees == "sum"
+    sums = parts.plan.steps[-1].facts.sees in ("sum", "groups")
     if not is_private(recipe):
-        seen = (
-            "only sums are seen" if sums else SEES[parts.plan.steps[-1].facts.sees].replace("server", "the server", 1)
-        )
+        seen = "only sums are seen" if sums else f"the server sees {SEES[parts.plan.steps[-1].facts.sees]}"
         yield f"privacy      none is claimed: no noise is added, and {seen}"
         return
     for unit, found in planned_epsilons(recipe, len(names), examples).items():
@@ -142,10 +143,14 @@ def memory(parts: Parts) -> int:
 
 def server(parts: Parts) -> int:
     """Return what the server holds: the first and the present parameters, optimiser state, the sum and an update."""
-    like = on_meta(parts.params)
+    like, recipe = on_meta(parts.params), parts.recipe
     part = sum(value.numel() for value in parts.algorithm.down(like).values())
     state = parts.algorithm.init(like)
-    return 2 * size(like.values()) + size(state.optimiser.values()) + part * (MEAN_BYTES + 4)
+    sums = recipe.secure.groups if recipe.secure else 1
+    held = MEAN_BYTES
+    if recipe.aggregate["name"] != "mean":
+        held = 4 * (sums if recipe.secure else min(len(parts.silos.names), len(parts.select(0))))
+    return 2 * size(like.values()) + size(state.optimiser.values()) + part * (held + 4 * sums)
 
 
 def remembered(parts: Parts) -> int:

@@ -69,6 +69,11 @@ def adds_up(recipe: Recipe) -> bool:
     return recipe.secure is not None or recipe.homomorphic is not None
 
 
+def keeps_losses(recipe: Recipe) -> bool:
+    """Say whether no silo tells its held-out loss or how many examples it has."""
+    return recipe.secure is not None and not recipe.secure.losses
+
+
 def hides_records(recipe: Recipe) -> bool:
     """Say whether the silos train with noise on every step."""
     return bool(recipe.client.get("name") == "dp_sgd")
@@ -181,7 +186,7 @@ def transforms(recipe: Recipe, silos: int, secret: bytes) -> list[Transform]:
             bound = [around(recipe, silos, secret)]
         if name in AT_SILO:
             bound = [secret]
-        made.append(make("transforms", part, *bound))
+        made.append(make("transforms", part, *bound, seed=recipe.seed))
     return made
 
 
@@ -369,7 +374,7 @@ def mark_of(memory: Tensors) -> str:
 
 def open_ends(recipe: Recipe) -> list[str]:
     """Return what a run tells of its text without noise, so that no epsilon covers it."""
-    found = ["each silo's held-out loss, size and names of its groups of text"]
+    found = [] if keeps_losses(recipe) else ["each silo's held-out loss, size and names of its groups of text"]
     if recipe.evaluate.alone:
         found.append("what each silo reaches alone (evaluate.alone)")
     if recipe.evaluate.pooled:

@@ -40,6 +40,16 @@ def check_together(recipe: Recipe, elsewhere: bool) -> None:
     if recipe.homomorphic and not elsewhere:
         # A server adds ciphertexts up without it.
         library()
+    if recipe.evaluate.pooled and privacy.keeps_losses(recipe):
+        raise FedllmError(
+            "evaluate.pooled is held against each silo's held-out loss, and with [secure] none is told; set "
+            "evaluate.pooled = false, or secure.losses = true."
+        )
+    if privacy.hides_records(recipe) and privacy.keeps_losses(recipe) and elsewhere and "rate" not in recipe.client:
+        raise FedllmError(
+            "client.rate is not set, so the ledger needs to know how many examples each site has, and with [secure] "
+            "none tells it; set client.rate, or secure.losses = true."
+        )
     if recipe.secure and recipe.homomorphic:
         raise FedllmError(
             "[secure] and [homomorphic] both add updates up unseen; keep one of them: [secure], unless silos cannot "

@@ -46,6 +46,8 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     looked = [event for event in rounds if event.get("loss") or event.get("accuracy")]
     alone = {event["silo"]: event["loss"] for event in events if event["event"] == "alone" and "loss" in event}
     metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
+    if last(events, "start").get("losses") == "kept":
+        metrics["losses_kept"] = True
     for key in MEASURES:
         found = {
             "base": last(events, "base").get(key, {}),
@@ -69,6 +71,8 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in ("tokens", "bytes_up", "bytes_down"):
         metrics[key] = sum(event[key] for event in rounds)
     metrics["dropped"] = sum(len(event["dropped"]) for event in rounds)
+    if slow := sum(len(event.get("late", [])) for event in rounds):
+        metrics["late"] = slow
     metrics["seconds"] = last(events, "done").get("seconds", 0.0)
     metrics["train_seconds"] = sum(event["seconds"]["train"] for event in rounds)
     if "peak_mb" in last(events, "done"):
@@ -103,7 +107,7 @@ def comparisons(metrics: Mapping[str, Any], most: int = 20) -> Group:
     """Return the tables of held-out losses per silo, and of accuracies where the task has them."""
     if not metrics["loss"] and metrics.get("accuracy"):
         return Group(accuracies(metrics["accuracy"], most))
-    return Group(*(comparison(metrics, most, what) for what in TITLES if what in metrics))
+    return Group(*(comparison(metrics, most, what) for what in TITLES if metrics.get(what)))
 
 
 def comparison(metrics: Mapping[str, Any], most: int = 20, what: str = "loss") -> Table:
@@ -175,6 +179,11 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if not federated and right.get("federated"):
         shares = ", ".join(f"{kind} {mean(values):.1%}" for kind, values in right.items())
         return f"Right answers, mean over silos: {shares}."
+    if metrics.get("losses_kept"):
+        return (
+            "No silo told its held-out loss (secure.losses is false), so of the model's quality only the server's own "
+            "files tell (evaluate.general, choice and exact)."
+        )
     if not federated:
         return "No federated model has been evaluated yet."
     sentences = [f"The federated model's mean held-out loss is {mean(federated):.3f}"]

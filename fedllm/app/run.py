@@ -24,7 +24,7 @@ from fedllm.app.compare import baselines
 from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
 from fedllm.app.data import anchored
 from fedllm.app.plan_view import facts_text
-from fedllm.app.privacy import has_secret, tokenizer_entries
+from fedllm.app.privacy import has_secret, keeps_losses, tokenizer_entries
 from fedllm.app.progress import Ui
 from fedllm.app.report.page import write_report
 from fedllm.app.results import write_metrics
@@ -196,7 +196,8 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
             losses |= general_losses(parts, start_of(parts), ui.tick, base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
-        ui.say(f"base model: {said(losses)}")
+        if not keeps_losses(recipe):
+            ui.say(f"base model: {said(losses)}")
     stored = 0.0
     while state.round < recipe.rounds:
         if why := reached(folder, parts, nodes.held, state.round + 1):
@@ -269,6 +270,7 @@ def total_seconds(event: Mapping[str, Any]) -> float:
 def start_event(parts: Parts, nodes: Nodes) -> dict[str, Any]:
     """Say what this run is: model, silos, machine, and the plan."""
     recipe, rows = parts.recipe, {name: shard.train for name, shard in parts.silos.shards.items()}
+    kept = keeps_losses(recipe)
     return {
         "event": "start",
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -290,7 +292,8 @@ def start_event(parts: Parts, nodes: Nodes) -> dict[str, Any]:
         "rounds": recipe.rounds,
         "silos": nodes.held,
         "cleaned": {name: dict(counts) for name, counts in nodes.cleaned.items() if counts},
-        "holds": who_holds_what(rows, parts.task.label) if all(map(at_hand, rows.values())) else {},
+        **({"losses": "kept"} if kept else {}),
+        "holds": {} if kept or not all(map(at_hand, rows.values())) else who_holds_what(rows, parts.task.label),
         "plan": {
             "steps": [{"where": s.where, "name": s.name, "facts": facts_text(s.facts)} for s in parts.plan.steps],
             "parameters": parts.plan.parameters,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from fedllm.app.config import Recipe
-from fedllm.app.privacy import around, sum_noise
+from fedllm.app.config import Recipe, Secure
+from fedllm.app.privacy import around, in_sum, sum_noise
 from fedllm.core.errors import FedllmError
 from fedllm.core.round import wire_stages
 from fedllm.core.types import Facts, Middleware, Share, Tensors, Transform, Work
-from fedllm.exchange.secure.settings import Settings, circle
+from fedllm.exchange.secure.settings import Circle, Settings, circle
 
 
 def secure_part(
@@ -29,10 +30,10 @@ def secure_part(
     if recipe.secure is None:
         return []
     require_sums(recipe, share, "[secure]")
-    settings = Settings(**recipe.secure.model_dump())
+    settings = settings_of(recipe.secure)
     if silos > 1:
-        each = int(recipe.select.get("size", silos))
-        circle(settings, each, each)
+        require_groups(settings, int(recipe.select.get("size", silos)))
+    bound = norm_bound(recipe, work, transforms)
     try:
         from fedllm.exchange.secure.middleware import secure_sum
         from fedllm.exchange.secure.shares import library
@@ -47,10 +48,11 @@ def secure_part(
         secure_sum(
             settings,
             secret,
-            norm_bound(work, transforms),
+            bound,
             lambda number: wire_stages(transforms, share.up(number, params))[-1],
             weighted,
             noise,
+            recipe.seed,
         )
     ]
 
@@ -64,17 +66,46 @@ def require_sums(recipe: Recipe, share: Share, table: str) -> None:
         )
     if recipe.evaluate.alone:
         raise FedllmError(
-            f"evaluate.alone tells what each silo reaches by itself, and with {table} nothing of one silo is told but "
-            "its held-out loss; set evaluate.alone = false."
+            f"evaluate.alone tells what each silo reaches by itself, and with {table} that of no silo is told; set "
+            "evaluate.alone = false."
         )
 
 
-def norm_bound(work: Work, transforms: Sequence[Transform]) -> float | None:
+def norm_bound(recipe: Recipe, work: Work, transforms: Sequence[Transform]) -> float | None:
     """Return the largest norm of an update when it leaves, if there is one."""
     facts = work.claim(Facts())
     for transform in transforms:
-        facts = transform.claim(facts)
+        before, facts = facts, transform.claim(facts)
+        if in_sum(recipe) and not (facts.norm_bound or math.inf) <= (before.norm_bound or math.inf):
+            raise FedllmError(
+                f"transforms: '{transform.name}' sends in a round also what was left over from earlier ones, and the "
+                "noise of client.noise_in = 'sum' is measured for one round's records; set error_feedback = false."
+            )
     return facts.norm_bound
+
+
+def settings_of(table: Secure) -> Settings:
+    """Return what a recipe's table says of the sum itself."""
+    return Settings(**table.model_dump(exclude={"losses"}))
+
+
+def one_sum(recipe: Recipe) -> Recipe:
+    """Return the recipe of one group's sum, where a recipe has groups: what the server sees of them."""
+    if recipe.secure is None or recipe.secure.groups == 1:
+        return recipe
+    alone = recipe.secure.model_copy(update={"groups": 1})
+    return recipe.model_copy(update={"secure": alone, "aggregate": {"name": "mean"}})
+
+
+def require_groups(settings: Settings, silos: int) -> list[Circle]:
+    """Return the circles of the smallest and the largest group of so many silos, or raise where one does not fit."""
+    sizes = sorted({silos // settings.groups, -(-silos // settings.groups)})
+    if settings.groups > 1 and sizes[0] < settings.least:
+        raise FedllmError(
+            f"secure.groups deals {silos} silos out to {settings.groups} groups, of which the smallest has {sizes[0]}, "
+            f"and secure.least is {settings.least}; set secure.groups to {max(1, silos // settings.least)} or fewer."
+        )
+    return [circle(settings, size, size) for size in sizes]
 
 
 def secure_lines(recipe: Recipe, silos: int) -> list[str]:
@@ -83,10 +114,15 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
         return []
     size = int(around(recipe, silos, b"").expected) if recipe.select["name"] != "everyone" else silos
     size = max(size, recipe.secure.least)
-    now = circle(Settings(**recipe.secure.model_dump()), size, size)
+    settings = settings_of(recipe.secure)
+    now, *_ = each = require_groups(settings, size)
+    sizes = " or ".join(str(one.silos) for one in each)
+    many = "sums" if settings.groups == 1 else f"{settings.groups} groups, dealt anew each round, sums"
     return [
-        f"secure       sums of {now.silos} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
+        f"secure       {many} of {sizes} silos, {now.neighbours} neighbours each: told with up to {now.drop_outs} "
         f"lost, hidden from the server with the help of {recipe.secure.colluding} of them ({now.threshold} shares of "
-        f"{now.neighbours + 1} bring a key back)",
-        "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)",
+        f"{now.neighbours + 1} bring a key back); the server sees no sum of fewer than {now.silos - now.drop_outs}",
+        "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)"
+        if recipe.secure.losses
+        else "not told     any silo's held-out loss, or how many examples it has (secure.losses = true tells both)",
     ]

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from fedllm.app.budget import after_round, before_round
 from fedllm.app.build import Parts
+from fedllm.app.privacy import keeps_losses
 from fedllm.app.progress import Ui
 from fedllm.app.results import MEASURES
 from fedllm.core.errors import FedllmError
-from fedllm.core.types import NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
+from fedllm.core.types import LATE, NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
 from fedllm.runtime.line import Aborted
 from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
@@ -40,10 +41,13 @@ def here(parts: Parts, memory: Memory, ui: Ui) -> Nodes:
     """Return the nodes of a run on one machine."""
     train = training_exchange(parts, Work(parts.algorithm.client, parts.algorithm.cohort), memory, ui)
     asked = dict.fromkeys(parts.method.ops if parts.method else parts.algorithm.ops, train)
+    both = {**asked, "evaluate": looking(parts, memory, ui)}
     shards, skipped = parts.silos.shards, parts.silos.skipped
+    if keeps_losses(parts.recipe):
+        return Nodes(by_op(both), memory, {name: {} for name in shards})
     held = {name: {"train": len(s.train), "test": len(s.test)} for name, s in shards.items()}
     counts = {name: with_skipped(s.cleaned, skipped.get(name, 0)) for name, s in shards.items()}
-    return Nodes(by_op({**asked, "evaluate": looking(parts, memory, ui)}), memory, held, counts)
+    return Nodes(by_op(both), memory, held, counts)
 
 
 def with_skipped(cleaned: Mapping[str, int], skipped: int) -> dict[str, int]:
@@ -89,6 +93,7 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
         **losses,
         **({"without_own": apart} if apart else {}),
         **tell(report),
+        **late(report),
         **privacy,
         **(over_links(parts, traffic, report) if parts.links else {}),
         "asked": asked,
@@ -153,8 +158,10 @@ def held_out_losses(
 ) -> dict[str, dict[str, float]]:
     """Return `loss` (and `accuracy` and `calibrated` where the task has them) on the silos' held-out text.
 
-    With `shared` what silos keep to themselves is left out.
+    With `shared` what silos keep to themselves is left out. Where they keep their losses, none is asked.
     """
+    if keeps_losses(parts.recipe):
+        return {}
     names = parts.looked if names is None else names
     requests = [
         Request(name, round_number, "evaluate", params, {"base": float(base), "shared": float(shared)})
@@ -197,10 +204,19 @@ def tell(report: Report) -> dict[str, Any]:
     return told
 
 
+def late(report: Report) -> dict[str, list[str]]:
+    """Return who of the dropped was late and not lost, if anybody was."""
+    why = {key.removeprefix("dropped."): told for key, told in report.items() if key.startswith("dropped.")}
+    names = [name for name, told in why.items() if str(told).startswith(LATE)]
+    return {"late": sorted(names)} if names else {}
+
+
 def round_line(event: Mapping[str, Any], rounds: int) -> str:
     """Say a round in one line."""
     loss = f", {said(event)}" if event.get("loss") or event.get("accuracy") else ""
-    dropped = f", dropped {', '.join(event['dropped'])}" if event["dropped"] else ""
+    slow = event.get("late", [])
+    lost = [name for name in event["dropped"] if name not in slow]
+    dropped = "".join(f", {word} {', '.join(names)}" for word, names in (("dropped", lost), ("late", slow)) if names)
     speed = event["tokens"] / max(1e-9, event["seconds"]["train"])
     tokens = f", {event['tokens']:,} tokens at {speed:,.0f}/s" if event["tokens"] else ""
     spent = "".join(f", epsilon {value:.3g} of a {unit}" for unit, value in event.get("epsilon", {}).items())

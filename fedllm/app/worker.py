@@ -128,8 +128,12 @@ def opened(asked: Mapping[str, Any], run: Path) -> Any:
 
 def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], None]) -> tuple[Reply, Tensors]:
     """Do what the request asks, by its `op`."""
+    from fedllm.app.privacy import keeps_losses
+
     parts, name = held.parts, held.name
     silo: Silo = parts.open_silo(tick)(name)._replace(memory=memory)
+    if request.op == "open" and keeps_losses(parts.recipe):
+        return Reply(name, request.round, {}, 1.0), {}
     if request.op == "open":
         counts = {part: float(len(silo.data[part])) for part in ("train", "test")}
         counts |= {"skipped": float(parts.silos.skipped[name])}
@@ -139,6 +143,8 @@ def answer(held: Held, request: Request, memory: Tensors, tick: Callable[[int], 
         return compared(held, request)
     if request.op in (parts.method.ops if parts.method else parts.algorithm.ops):
         return parts.algorithm.client(request, silo)
+    if request.op in ("evaluate", "alone") and keeps_losses(parts.recipe):
+        raise FedllmError(f"The server asks for '{request.op}', and by the recipe's [secure] no silo tells its loss.")
     if request.op == "evaluate":
         return parts.evaluator(request, silo)
     if request.op == "alone":
@@ -189,7 +195,8 @@ def alone(parts: Any, request: Request, silo: Silo) -> tuple[Reply, Tensors]:
 def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
     """Return what hears of every step and says, not too often, how far the work is.
 
-    How much was `read` stays at the site where an update has noise on it and the count of its `tokens` has none.
+    How much was `read` stays at the site where an update has noise on it and the count of its `tokens` has none, or
+    where nothing is told but sums.
     """
     from fedllm.app.privacy import hides_records, trusts_nobody
 
@@ -197,7 +204,8 @@ def ticking(parts: Any, request: Request, say: Say) -> Callable[[int], None]:
     step, tokens = 0, 0
     data = parts.silos.examples(parts.silos.names[0])
     per_round = parts.steps(data)
-    counted = "read" if hides_records(parts.recipe) or trusts_nobody(parts.recipe) else "tokens"
+    quiet = hides_records(parts.recipe) or trusts_nobody(parts.recipe) or parts.recipe.secure
+    counted = "read" if quiet else "tokens"
     steps = {"train": per_round, "alone": per_round * int(request.scalars.get("rounds", 1))}.get(request.op, 0)
 
     def tick(count: int) -> None:

@@ -96,6 +96,11 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         return whole_again(averages, total.like)
 
     def claim(facts: Facts) -> Facts:
+        if facts.sees == "groups":
+            raise FedllmError(
+                "aggregate.name is 'mean', which needs no more than one sum of all silos, and secure.groups shows the "
+                "server several; set secure.groups = 1, or compare the groups by aggregate.name = 'median'."
+            )
         return facts._replace(even=weights == "uniform")
 
     return Aggregator(f"mean by {weights}", zero, add, done, claim)

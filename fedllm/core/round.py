@@ -85,7 +85,7 @@ def averaging(
         stages = wire_stages(transforms, like)
         labels = [f"{place}.{transform.name}" for place, transform in enumerate(transforms)]
         now = [
-            transform.at(below(label, state.transforms)) if transform.at else transform
+            in_round(transform, state.round, below(label, state.transforms))
             for label, transform in zip(labels, transforms, strict=True)
         ]
         always = any(transform.always for transform in transforms)
@@ -296,13 +296,19 @@ def decoded_aside(sent: Aside, reply: Reply, transforms: Sequence[Transform], st
     return Aside(stages[0], read_again)
 
 
+def in_round(transform: Transform, number: int, memory: Tensors) -> Transform:
+    """Return a transform as it is in one round for who remembers this."""
+    return transform.at(number, memory) if transform.at else transform
+
+
 def encode_all(reply: Reply, memory: Tensors, silo: Silo, transforms: Sequence[Transform]) -> tuple[Reply, Tensors]:
     """Pass a client's update through the transforms, each with its own part of the silo's memory."""
     kept, update = under("work", memory), reply.tensors
     for place, transform in enumerate(transforms):
         label = f"{place}.{transform.name}"
         seed = derive(silo.seed, "encode", reply.round, place)
-        update, own = transform.encode(update, below(label, silo.memory), seed)
+        held = below(label, silo.memory)
+        update, own = in_round(transform, reply.round, held).encode(update, held, seed)
         kept |= under(label, own)
     return reply._replace(tensors=update), kept
 

@@ -82,6 +82,10 @@ def ignore(tokens: int) -> None:
     """Take note of nothing."""
 
 
+LATE = "it was late"
+"""How the reason begins why a silo is not in a round that works but was not waited for; others are lost."""
+
+
 class Silo(NamedTuple):
     """What one organisation holds. It never leaves the node.
 
@@ -185,8 +189,8 @@ class Transform(NamedTuple):
     """What is known of the aggregate after `finish`."""
     always: bool = False
     """Whether `finish` has its word also in a round to which no silo added anything, on an aggregate of 0."""
-    at: Callable[[Tensors], Transform] | None = None
-    """Where the server's half depends on what it remembers: from that to the transform of this one round."""
+    at: Callable[[int, Tensors], Transform] | None = None
+    """Where a half depends on the round or on what it remembers: from those to the transform of this one round."""
     summable: bool = False
     """Whether `decode` of a mean of what travels is the mean of what `decode` makes of each."""
     apart: bool = False

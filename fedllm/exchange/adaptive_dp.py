@@ -51,7 +51,7 @@ def adaptive_dp(
         require_float32(update)
         return update, {}
 
-    def at(state: Tensors) -> Transform:
+    def at(number: int, state: Tensors) -> Transform:
         bound = float(state[NORM]) if NORM in state else max_norm
         clipped, within = clip(bound), list[bool]()
 

@@ -78,9 +78,9 @@ def lora_error(weights: str = "examples") -> Probe:
         return {"aggregation_error": (off / whole) ** 0.5 if whole else 0.0}
 
     def claim(facts: Facts) -> Facts:
-        if facts.sees == "sum":
+        if facts.sees != "each":
             raise FedllmError(
-                "The LoRA aggregation error needs each silo's update, and the server sees only a sum; drop the probe."
+                "The LoRA aggregation error needs each silo's update, and the server sees only sums; drop the probe."
             )
         return facts
 

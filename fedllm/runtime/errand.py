@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedllm.core.errors import Refused
-from fedllm.core.types import Request
+from fedllm.core.types import LATE, Request
 from fedllm.runtime.line import Head
 from fedllm.runtime.transfer import LONGEST, Link, ask, plain, whole
 from fedllm.runtime.wire import request_head
@@ -28,11 +28,11 @@ def request_id(key: str, head: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def finished(link: Link, request: Request, key: str, stall: float) -> Head:
+def finished(link: Link, request: Request, key: str, stall: float, deadline: float = math.inf) -> Head:
     """Begin a request and wait for its end: an answer whose state is `done`, or `missing` or `unknown`.
 
     Raises:
-        Refused: the work failed, or made no step for `stall` seconds.
+        Refused: the work failed, made no step for `stall` seconds, or was not done after `deadline` seconds.
     """
     head = request_head(request)
     name, best, stepped, since = request_id(key, head), (-1.0, -1.0), time.monotonic(), time.monotonic()
@@ -47,7 +47,9 @@ def finished(link: Link, request: Request, key: str, stall: float) -> Head:
             best, stepped = max(best, steps), begun
         if begun - stepped > stall:
             raise Refused(f"its work made no step for {stall:g} s")
-        hold = min(max(POLL, (begun - since) / 10), LONGEST_POLL)
+        if begun - since >= deadline:
+            raise Refused(f"{LATE}: it was still at work after {deadline:g} s, and was not waited for")
+        hold = min(max(POLL, (begun - since) / 10), LONGEST_POLL, since + deadline - begun)
         answer = asked(link, {"do": "wait", "id": name, "seconds": hold}, hold + 3.0)
         link.moved = time.monotonic()
         if answer.get("state") == "running":

@@ -7,6 +7,7 @@ again: what is done is answered from record. Nothing here takes a site's word fo
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -55,13 +56,15 @@ def remote(
     progress: Callable[[str, Mapping[str, Any]], None],
     patience: float = 60.0,
     stall: float = 1800.0,
+    deadline: Callable[[Request], float] = lambda request: math.inf,
     parallel: int = 4,
 ) -> Exchange:
     """Ask sites over a line; the replies come as they arrive, and a site that fails is noted and sends none.
 
     `spool` is a folder of its own for the files on their way. `largest` is the most bytes that a reply's file may
     have. A site is given up when nothing moved for `patience` seconds (and one call), or when its work, though it
-    answers, made no step for `stall` seconds; at the next exchange one short `ping` says whether it is back. At most
+    answers, made no step for `stall` seconds; at the next exchange one short `ping` says whether it is back. Work that
+    is not done after the request's `deadline`, in seconds from its begin, is late and not waited for. At most
     `parallel` sites send or fetch at once; one reply is in memory, and large ones stay on disk for as long as they are
     used. `note(site, sentence)` and `progress(site, what)` are called from threads, one at a time; bytes are counted
     over the exchange's life.
@@ -90,7 +93,7 @@ def remote(
             with slot(link, slots):
                 send(link, stored)
         for _ in range(ATTEMPTS):
-            answer = finished(link, request, stored.key, stall)
+            answer = finished(link, request, stored.key, stall, deadline(request))
             if answer["state"] == "done":
                 break
             if answer["state"] == "missing":

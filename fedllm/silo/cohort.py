@@ -26,7 +26,10 @@ PROMPT = "prompt_encoder.default."
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer with C clients' low-rank parts, each for its own rows; rows are grouped by client."""
+    """A frozen linear layer with C clients' low-rank parts, each for its own rows; rows are grouped by client.
+
+    A may be one for all of them.
+    """
 
     def __init__(self, base: nn.Module, a_CRI: Tensor, b_COR: Tensor, scaling: float) -> None:
         super().__init__()
@@ -36,9 +39,9 @@ class StackedLora(nn.Module):
     def forward(self, x_BTI: Tensor) -> Tensor:
         """Map [C * b, T, I] to [C * b, T, O]."""
         y_BTO = self.base(x_BTI)
-        clients, _, inputs = self.a_CRI.shape
-        own, outputs = self.a_CRI.dtype, y_BTO.shape[-1]
-        low = torch.bmm(x_BTI.reshape(clients, -1, inputs).to(own), self.a_CRI.mT)
+        clients, outputs, _ = self.b_COR.shape
+        own, inputs = self.b_COR.dtype, x_BTI.shape[-1]
+        low = torch.bmm(x_BTI.reshape(clients, -1, inputs).to(own), self.a_CRI.expand(clients, -1, -1).mT)
         grouped = y_BTO.reshape(clients, -1, outputs).to(own)
         return torch.baddbmm(grouped, low, self.b_COR.mT, alpha=self.scaling).to(y_BTO.dtype).view(y_BTO.shape)
 
@@ -102,7 +105,7 @@ def stackable(model: nn.Module) -> bool:
         for layer in layers.values()
     )
     halves = {f"{name}.lora_{half}.default.weight" for name in layers for half in "AB"}
-    return bool(layers) and plain and trained(model).keys() == halves
+    return bool(layers) and plain and trained(model).keys() in (halves, {name for name in halves if ".lora_B." in name})
 
 
 @contextmanager
@@ -128,8 +131,10 @@ def stacked(model: nn.Module, values: Tensors) -> Iterator[Mapping[str, nn.Param
     try:
         for name, layer in layers.items():
             a, b = (f"{name}.lora_{half}.default.weight" for half in "AB")
-            many = StackedLora(layer.base_layer, values[a].clone(), values[b].clone(), layer.scaling["default"])
-            params |= {a: many.a_CRI, b: many.b_COR}
+            a_CRI = values[a].clone() if a in values else layer.get_parameter("lora_A.default.weight").detach()[None]
+            many = StackedLora(layer.base_layer, a_CRI, values[b].clone(), layer.scaling["default"])
+            params |= {name: value for name, value in ((a, many.a_CRI), (b, many.b_COR)) if name in values}
+            many.a_CRI.requires_grad_(a in values)
             model.set_submodule(name, many)
         yield params
     finally:

@@ -10,7 +10,7 @@ from fedllm.app.run import run
 from fedllm.exchange.secure.messages import TRAIN
 from fedllm.exchange.secure.middleware import PHASES
 from fedllm.federation.record import ONCE
-from fedllm.runtime.line import Line, Unreachable
+from fedllm.runtime.line import Aborted, Line, Unreachable
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site
 from tests.integration.test_federation import federate
@@ -101,3 +101,25 @@ def test_sites_that_insist_on_sums_refuse_a_recipe_without(place, recipe, sites)
 
 def test_a_sites_desk_does_each_phase_once_a_round():
     assert {TRAIN, *PHASES} <= set(ONCE)
+
+
+@pytest.mark.parametrize("op", [TRAIN, "secure_sum"])
+def test_a_server_that_is_killed_within_a_round_begins_it_again_with_the_same_sum(place, recipe, sites, op):
+    plain, killed = line_to(sites), [False]
+
+    def call(site, head, body, seconds):
+        asked = head.get("request", {})
+        if site == "c" and (asked.get("op"), asked.get("round")) == (op, 1) and not killed[0]:
+            killed[0] = True
+            raise Aborted("The server is killed.")
+        return plain.call(site, head, body, seconds)
+
+    folder = place / f"killed-{op}"
+    with pytest.raises(Aborted):
+        federate(folder, recipe, Line(call, plain.sites), NAMES)
+    assert len(rounds(folder)) == 1
+    federate(folder, recipe, plain, NAMES)
+    assert [event["clients"] for event in rounds(folder)] == [4, 4]
+    expected = adapter(run(recipe.model_copy(update={"secure": None}), place / f"plain-{op}"))
+    for name, value in adapter(folder).items():
+        assert float((value - expected[name]).abs().max()) < 1e-6

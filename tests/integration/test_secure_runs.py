@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedllm.app.build import build
+from fedllm.app.config import read_recipe
+from fedllm.app.plan_view import plan_lines
 from fedllm.app.progress import Ui
+from fedllm.app.results import summary, verdict
 from fedllm.app.run import resume, run
-from fedllm.core.errors import Interrupted
+from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.runtime.store import read_events
 from tests.tiny import write_model, write_rows
 
@@ -70,7 +76,7 @@ def test_a_run_that_was_stopped_is_resumed_with_the_same_bits(place, tmp_path):
     whole = table(place, runtime="local", **private)
     straight = run(whole, tmp_path / "straight", secret=SECRET)
     with pytest.raises(Interrupted):
-        run(whole, tmp_path / "stopped", secret=SECRET, ui=Stopping(15))
+        run(whole, tmp_path / "stopped", secret=SECRET, ui=Stopping(6))
     assert len(rounds(tmp_path / "stopped")) < 2
     resume(tmp_path / "stopped")
     one, other = adapter(straight), adapter(tmp_path / "stopped")
@@ -108,3 +114,58 @@ def test_lost_silos_are_reported_and_a_round_with_too_few_changes_nothing(place,
     assert (first["clients"], first["dropped"]) == (3, {"a": "it is away"})
     assert second["clients"] == 0 and second["dropped"]["b"] == "it is away"
     assert "2 are lost already and 1 may be" in second["dropped"]["c"] or "secure.least" in second["dropped"]["c"]
+
+
+def test_a_mask_that_all_silos_share_is_summed_and_one_that_remembers_is_refused_under_noise_for_records(
+    place, tmp_path
+):
+    masked = [{"name": "random_k", "fraction": 0.25}, {"name": "clip", "max_norm": 0.2}]
+    secure = run(table(place, transforms=masked), tmp_path / "secure", secret=SECRET)
+    plain = run(table(place, transforms=masked, secure=None), tmp_path / "plain", secret=SECRET)
+    one, other = adapter(secure), adapter(plain)
+    assert max(float((value - other[name]).abs().max()) for name, value in one.items()) < 2e-6
+    shared = {"name": "dp_sgd", "clip": 1.0, "noise": 1.0, "noise_in": "sum", "steps": 1, "batch_size": 4}
+    records = table(place, transforms=masked, client=shared, aggregate={"weights": "uniform"})
+    with pytest.raises(FedllmError, match="set error_feedback = false"):
+        run(records, tmp_path / "records")
+
+
+def test_a_median_over_sums_of_groups_runs_and_too_small_groups_are_refused(place, tmp_path):
+    silos = {f"{name}{part}": f"{name}.jsonl" for name in "abcd" for part in (1, 2)}
+    compared = table(place, silos=silos, aggregate={"name": "median"}, rounds=1)
+    groups = {**compared, "secure": {"groups": 2, "largest_weight": 20}}
+    told = [line for line in plan_lines(build(read_recipe(groups), weights=False)) if "groups" in line]
+    assert any("2 groups, dealt anew each round, sums of 4 silos" in line and "fewer than 3" in line for line in told)
+    folder = run(groups, tmp_path / "run")
+    assert [event["clients"] for event in rounds(folder)] == [8]
+    with pytest.raises(FedllmError, match=r"set secure.groups to 2 or fewer"):
+        run({**compared, "secure": {"groups": 3}}, tmp_path / "small")
+    with pytest.raises(FedllmError, match=r"set secure.groups to 3 or more"):
+        run({**compared, "secure": {}}, tmp_path / "one")
+
+
+def of_silos(value, names):
+    """All that a thing of lists and tables says by the name of a silo."""
+    if isinstance(value, dict):
+        own = [each for key, each in value.items() if key in names]
+        return [*own, *(found for each in value.values() for found in of_silos(each, names))]
+    return [found for each in value for found in of_silos(each, names)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_no_number_of_one_silo_is_in_a_run_unless_the_recipe_says_so(place, tmp_path, losses):
+    made = table(place, rounds=1, secure={"drop_outs": 1, "largest_weight": 20, "losses": losses})
+    folder = run(made, tmp_path / "run")
+    told = of_silos(read_events(folder), "abcd") + of_silos(json.loads((folder / "metrics.json").read_text()), "abcd")
+    numbers = [value for value in told if value]
+    assert bool(numbers) is losses
+    said = verdict(summary(read_events(folder)))
+    assert ("mean held-out loss" in said) is losses and ("No silo told its held-out loss" in said) is not losses
+    assert ("No silo told its held-out loss" in (folder / "report.html").read_text()) is not losses
+    line = next(line for line in plan_lines(build(read_recipe(made), weights=False)) if "held-out loss" in line)
+    assert line.startswith("not summed" if losses else "not told")
+
+
+def test_what_needs_the_losses_is_refused(place, tmp_path):
+    with pytest.raises(FedllmError, match=r"secure.losses = true"):
+        run(table(place, evaluate={"alone": False, "pooled": True}), tmp_path / "pooled")

@@ -12,6 +12,7 @@ from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.dp_sgd import Guard, Room, clipped_gradients, dp_sgd, slack, summed, together
 from fedllm.silo.examples import Example
+from fedllm.silo.ffa import ffa_lora
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.tasks import instruct
 from fedllm.silo.trainables import full, ia3, lora, trained, write
@@ -74,6 +75,12 @@ def test_gradients_of_lora_are_those_of_one_record_at_a_time(width, clip):
     model = model_of(lora(4))
     expected = by_hand(model, ROWS, clip)
     assert float((flat(gradients(model, ROWS, clip, width)) - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_with_a_frozen_many_records_at_once_are_one_at_a_time():
+    model = model_of(ffa_lora(4))
+    expected = by_hand(model, ROWS, 0.05)
+    assert float((flat(gradients(model, ROWS, 0.05, 4)) - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_other_trainables_are_worked_on_one_by_one():

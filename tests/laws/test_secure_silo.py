@@ -11,7 +11,7 @@ from fedllm.core.types import Reply
 from fedllm.exchange.secure.graph import neighbours_of
 from fedllm.exchange.secure.keys import agreed, commitment, derived, own_keys
 from fedllm.exchange.secure.masks import Mask, masked
-from fedllm.exchange.secure.messages import KEYS, PART, SHARES, SUM, TAIL, TRAIN, context_of, read_directory
+from fedllm.exchange.secure.messages import KEYS, PART, SHARES, SUM, TAIL, TRAIN, Directory, context_of, read_directory
 from fedllm.exchange.secure.settings import Settings, circle
 from fedllm.exchange.secure.shares import joined, split
 from fedllm.exchange.secure.silo import round_of
@@ -212,3 +212,9 @@ def own_public(name):
 def test_a_commitment_is_to_one_mask_in_one_round():
     assert commitment(b"a" * 32, b"x") == commitment(b"a" * 32, b"x")
     assert len({commitment(secret * 32, context) for secret in (b"a", b"b") for context in (b"x", b"y")}) == 4
+
+
+def test_a_default_and_the_same_number_out_of_a_recipe_are_bound_to_alike():
+    directory = Directory(["a"], [bytes(32)], [bytes(32)], 1)
+    same = [context_of(directory, 0, Settings(largest_weight=weight)) for weight in (10_000, 10_000.0)]
+    assert same[0] == same[1] != context_of(directory, 0, Settings(largest_weight=10_001))

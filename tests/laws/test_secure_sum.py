@@ -16,7 +16,7 @@ from fedllm.core.types import Middleware, Reply, Work
 from fedllm.exchange.clip import clip
 from fedllm.exchange.secure.messages import KEYS, PART, SHARES, SUM, TAIL, TRAIN
 from fedllm.exchange.secure.middleware import secure_sum
-from fedllm.exchange.secure.server import LATE
+from fedllm.exchange.secure.server import TOO_LATE
 from fedllm.exchange.secure.settings import Settings, circle
 from fedllm.runtime.local import local
 from tests.secure_sums import LIKE, SECRET, Wire, names_of, plain_mean, silo_of
@@ -146,7 +146,7 @@ def test_a_late_silo_is_told_apart_from_a_lost_one():
     wire = Wire(Settings(drop_outs=2), fault=fault)
     reply = wire.round(names)
     assert same(reply, [names[0], *names[3:]], wire)
-    assert reply.lost == {names[1]: LATE, names[2]: "its masked update did not come"}
+    assert reply.lost == {names[1]: TOO_LATE, names[2]: "its masked update did not come"}
 
 
 def test_shares_of_the_wrong_silo_are_found_out():
@@ -303,3 +303,49 @@ def test_no_silo_can_say_that_its_reply_is_a_sum():
 def test_without_a_bound_there_is_no_range_and_no_plan(bound):
     with pytest.raises(FedllmError, match="add \\[\\[transforms\\]\\] name = 'clip'"):
         secure_sum(Settings(), SECRET, bound, lambda number: LIKE)
+
+
+class GoneError(Exception):
+    """The server was killed."""
+
+
+@pytest.mark.parametrize("phase", range(4))
+def test_a_server_that_begins_a_round_again_gets_the_same_messages_or_none(phase):
+    names, killed = names_of(5), [False]
+
+    def fault(op, replies):
+        if op == PHASES[phase] and not killed[0]:
+            killed[0] = True
+            raise GoneError
+        return replies
+
+    wire = Wire(Settings(drop_outs=1), fault=fault)
+    with pytest.raises(GoneError):
+        wire.round(names)
+    reply = wire.round(names)
+    if PHASES[phase] in (KEYS, SHARES):
+        assert same(reply, names, wire)
+    else:
+        # A masked update leaves once: what was sent before is at the desk of a site, and here at nobody's.
+        assert not reply.of and "answered once" in reply.lost[names[0]]
+    sent = {}
+    for request, said in wire.seen:
+        value = b"".join(each.numpy().tobytes() for _, each in sorted(said.tensors.items()))
+        assert sent.setdefault((request.op, request.client), value) == value
+    assert same(wire.round(names, 1), names, wire, 1)
+
+
+def test_a_round_that_is_begun_again_with_other_silos_is_refused_by_those_that_answered():
+    names = names_of(6)
+
+    def fault(op, replies):
+        if op == SHARES and len(replies) == 5:
+            raise GoneError
+        return replies
+
+    wire = Wire(Settings(drop_outs=1), fault=fault)
+    with pytest.raises(GoneError):
+        wire.round(names[:5])
+    reply = wire.round(names)
+    assert not reply.of and "answered once" in reply.lost[names[0]]
+    assert not [request for request, _ in wire.seen if request.op == TRAIN]

@@ -10,6 +10,7 @@ import torch
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.cohort import stackable, stacked
+from fedllm.silo.ffa import ffa_lora
 from fedllm.silo.keeping import keeping
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.prompts import p_tuning, prefix, prompt
@@ -236,7 +237,7 @@ def test_stacked_adapters_are_the_parameters_that_are_trained_each_for_its_own_r
 
 @pytest.mark.parametrize(
     "trainable",
-    [lora(2), lora(4, rslora=True), lora(2, target_modules=["down_proj", "q_proj"]), *PROMPTS.values()],
+    [lora(2), ffa_lora(2), lora(4, rslora=True), lora(2, target_modules=["down_proj", "q_proj"]), *PROMPTS.values()],
     ids=lambda t: t.name,
 )
 @pytest.mark.filterwarnings("ignore:.*dropout", "ignore:For MLP")

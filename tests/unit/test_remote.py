@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.core.types import Aside, Request
+from fedllm.core.types import LATE, Aside, Request
 from fedllm.runtime import remote as runtime_remote
 from fedllm.runtime.errand import promised, request_id, shown
 from fedllm.runtime.line import Aborted
@@ -256,6 +256,22 @@ def late(seconds):
 def test_work_longer_than_the_patience_is_waited_for(made, monkeypatch):
     monkeypatch.setattr("fedllm.runtime.errand.POLL", 0.05)
     assert set(made(client=late(1.0), patience=0.2, stall=1.5).ask()) == set(NAMES)
+
+
+def test_work_that_is_not_done_at_the_deadline_is_late_and_the_site_is_asked_again(made, monkeypatch):
+    monkeypatch.setattr("fedllm.runtime.errand.POLL", 0.05)
+    slow = {"a": 0}
+
+    def client(request, own):
+        time.sleep(1.5 if request.round == slow.get(request.client) else 0.0)
+        return stepping(request, own)
+
+    federation = made(client=client, deadline=lambda request: 0.5 if request.op == "train" else 60.0)
+    assert set(federation.ask()) == {"bb", "ccc"}
+    ((site, why),) = federation.notes
+    assert site == "a" and why.startswith(LATE) and "after 0.5 s" in why
+    time.sleep(1.5)
+    assert set(federation.ask(number=1)) == set(NAMES)
 
 
 def test_a_site_that_restarts_is_asked_again(made):

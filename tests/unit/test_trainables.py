@@ -14,6 +14,7 @@ from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request, Silo
 from fedllm.silo.examples import Example
+from fedllm.silo.ffa import ffa_lora
 from fedllm.silo.objective import causal_loss
 from fedllm.silo.prompts import p_tuning, prefix, prompt
 from fedllm.silo.trainables import (
@@ -62,6 +63,7 @@ AVERAGED = sorted(KINDS.keys() - NOT_AVERAGED.keys())
 EVERY: dict[str, Trainable] = {
     "lora": lora(4),
     "rslora": lora(4, rslora=True),
+    "ffa_lora": ffa_lora(4),
     "dora": dora(4),
     "ia3": ia3(),
     "prefix": prefix(3),

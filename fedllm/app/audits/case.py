@@ -39,7 +39,7 @@ class Case(NamedTuple):
     @property
     def sum_only(self) -> bool:
         """Whether the server sees no silo's update, but their sum alone."""
-        return any(step.facts.sees == "sum" and step.where == "server" for step in self.parts.plan.steps)
+        return any(step.facts.sees != "each" and step.where == "server" for step in self.parts.plan.steps)
 
 
 def recipe_in(folder: Path) -> Recipe:

@@ -12,6 +12,7 @@ from fedllm.audit.recovery import by_frequency, rouge_l, token_recall
 from fedllm.audit.rows import likeliest, row_scores
 from fedllm.audit.span import span_distances, span_text
 from fedllm.core.types import Tensors
+from fedllm.exchange.secure.graph import dealt
 from fedllm.silo.examples import Example
 
 ATTACKS = {"rows": "embedding rows", "span": "span check"}
@@ -39,7 +40,7 @@ class Recovered(NamedTuple):
 def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
     """Attack single records in plain steps, the same in the recipe's own step, their sum, and a round as it is."""
     silos = case.parts.silos
-    names = [name for name in case.parts.select(case.state.round) or silos.names]
+    names = in_one_sum(case, case.parts.select(case.state.round) or silos.names)
     common = by_frequency(example.input_ids for name in names for example in silos.examples(name)["test"])
     times = max(1, -(-case.trials // len(names)))
     drawn = {name: sampled(case, name, times) for name in names}
@@ -63,6 +64,12 @@ def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
         if plain and len(names) > 1:
             findings += in_sum(case, views, texts, common)
     return findings + as_sent(case, names if case.sum_only else names[:4], common), shown
+
+
+def in_one_sum(case: Case, names: Sequence[str]) -> list[str]:
+    """Return those whose updates the server sees together: all, or the first of the groups."""
+    groups = case.recipe.secure.groups if case.recipe.secure else 1
+    return dealt(names, groups, case.recipe.seed, case.state.round)[0]
 
 
 def in_sum(

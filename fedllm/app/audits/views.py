@@ -9,8 +9,9 @@ from fedllm.app import privacy
 from fedllm.app.audits.case import Case
 from fedllm.app.averaged import summing
 from fedllm.app.catalog import make
+from fedllm.app.secure import one_sum
 from fedllm.core.optimisers import fedavg
-from fedllm.core.round import averaging, everything, wire_stages
+from fedllm.core.round import averaging, everything, in_round, wire_stages
 from fedllm.core.seeds import derive, generator
 from fedllm.core.tensors import below, subtract
 from fedllm.core.types import Reply, Request, Silo, Tensors, Work
@@ -54,7 +55,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
 
     Clipping, codecs, noise and the average are the recipe's; the server takes the plain average as its step.
     """
-    recipe, params, silos = case.recipe, case.state.params, len(case.parts.silos.names)
+    recipe, params, silos = one_sum(case.recipe), case.state.params, len(case.parts.silos.names)
     transforms = privacy.transforms(recipe, silos, case.secret)
     algorithm = averaging(
         work=work,
@@ -80,8 +81,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
 
     after, _ = algorithm.server(start, watched)
     now = [
-        part.at(below(f"{place}.{part.name}", start.transforms)) if part.at else part
-        for place, part in enumerate(transforms)
+        in_round(part, number, below(f"{place}.{part.name}", start.transforms)) for place, part in enumerate(transforms)
     ]
     stages = wire_stages(transforms, params)
     each = {}

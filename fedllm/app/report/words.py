@@ -94,6 +94,8 @@ def lead(run: Run, found: Comparison) -> list[str]:
     silos = [name for name in found.federated if name in found.base]
     after = rounds_done(run)
     federated = mean(found.federated, list(found.federated))
+    if run.start.get("losses") == "kept":
+        return [f"No silo told its held-out loss or how many examples it has (secure.losses is false); {after}."]
     if federated is None:
         return [f"There is no held-out loss of a federated model yet; {after}."]
     sentences = [against_base(found, silos, after) if silos else f"The federated loss is {federated:.2f}."]

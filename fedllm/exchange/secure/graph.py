@@ -7,7 +7,21 @@ the hash of all public keys, so every silo draws it for itself and the server ca
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from math import comb
+
+from fedllm.core.seeds import derive
+
+
+def dealt(names: Sequence[str], groups: int, seed: int, number: int) -> list[list[str]]:
+    """Deal the silos of a round out to groups whose sizes differ by one at most; anybody can do it again.
+
+    >>> [len(group) for group in dealt(list("abcdefgh"), 3, 0, 5)]
+    [3, 3, 2]
+    """
+    order = sorted(names, key=lambda name: derive(seed, "group", number, name))
+    place = {name: rank % groups for rank, name in enumerate(order)}
+    return [[name for name in names if place[name] == group] for group in range(min(groups, len(names)))]
 
 
 def neighbours_of(silos: int, neighbours: int, context: bytes) -> list[list[int]]:

@@ -47,7 +47,9 @@ class Directory(NamedTuple):
 def context_of(directory: Directory, number: int, settings: Settings) -> bytes:
     """Return the hash to which all keys of a round are bound: round, settings, silos and their public keys."""
     hashed = hashlib.sha256(b"fedllm secure context")
-    for part in (repr((number, directory.asked, *settings)).encode(), *[each.encode() for each in directory.names]):
+    # A default of 10 and a recipe's 10.0 are one number: a run that is resumed must not make other masks, or noise.
+    numbers = [None if each is None else float(each) for each in (number, directory.asked, *settings)]
+    for part in (repr(numbers).encode(), *[each.encode() for each in directory.names]):
         hashed.update(len(part).to_bytes(8, "big") + part)
     hashed.update(b"".join([*directory.channel, *directory.mask]))
     return hashed.digest()

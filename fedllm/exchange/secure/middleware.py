@@ -27,8 +27,9 @@ def secure_sum(
     like: Callable[[int], Tensors],
     weighted: bool = True,
     noise: SumNoise | None = None,
+    seed: int = 0,
 ) -> Middleware:
-    """Let the server see nothing but the mean of the silos' updates.
+    """Let the server see nothing but the mean of the silos' updates, or of each of the groups dealt by `seed`.
 
     `bound` is the largest norm of an update, from which the numbers have their range. `like(round)` is what an update
     looks like. With `weighted` silos count by their weight, which is inside the sum. Each silo adds the discrete
@@ -48,6 +49,11 @@ def secure_sum(
         raise FedllmError(
             "[secure]: the sum of weights has no noise on it; with noise set aggregate = { name = 'mean', weights = "
             "'uniform' }."
+        )
+    if noise and settings.groups > 1:
+        raise FedllmError(
+            "[secure]: noise of the silos together is measured for one sum, and secure.groups makes several; set "
+            "secure.groups = 1, or let each silo add all of its noise (client.noise_in = 'silo', or 'local_dp')."
         )
     if noise and settings.bits != 32:
         raise FedllmError("[secure]: noise in the sum needs room; set secure.bits = 32.")
@@ -79,11 +85,12 @@ def secure_sum(
         if facts.norm_bound is None or facts.norm_bound > bound:
             raise FedllmError("[secure]: an update may be longer than its numbers have room for; put 'clip' last.")
         told = noise.multiplier * noise.sensitivity / bound if noise else facts.noise
-        return facts._replace(sees="sum", noise=told)
+        return facts._replace(sees="sum" if settings.groups == 1 else "groups", noise=told)
 
+    what = "secure sum" if settings.groups == 1 else f"secure sums of {settings.groups} groups"
     return Middleware(
-        f"secure sum in {settings.bits} bits" + (" with noise of the silos together" if noise else ""),
-        lambda exchange: secure_exchange(exchange, made, like),
+        f"{what} in {settings.bits} bits" + (" with noise of the silos together" if noise else ""),
+        lambda exchange: secure_exchange(exchange, made, like, seed),
         lambda inner: secure_client(inner, made, secret),
         claim,
         ops=PHASES,

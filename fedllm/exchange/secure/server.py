@@ -1,13 +1,14 @@
 """The server's half: four phases over the exchange, and a sum that is right or is not told.
 
 What a silo sends is trusted with nothing: keys are checked to be points, shares to bring back what was promised, and
-the sum to count as many silos as there are in it.
+the sum to count as many silos as there are in it. Several sums, of a group of silos each, go through a phase together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.core.types import Exchange, Reply, Request, Tensors
-from fedllm.exchange.phases import as_one, heard
+from fedllm.core.types import LATE, Exchange, Reply, Request, Tensors
 from fedllm.exchange.secure.fixed_point import values_of
-from fedllm.exchange.secure.graph import neighbours_of
+from fedllm.exchange.secure.graph import dealt, neighbours_of
 from fedllm.exchange.secure.keys import (
     BOX_BYTES,
     KEY_BYTES,
@@ -36,6 +36,7 @@ from fedllm.exchange.secure.messages import (
     SUM,
     TAIL,
     TAIL_SIZE,
+    TRAIN,
     Directory,
     as_bytes,
     as_tensor,
@@ -48,7 +49,7 @@ from fedllm.exchange.secure.settings import Circle, circle
 from fedllm.exchange.secure.shares import joined
 from fedllm.exchange.secure.silo import BAD, Made, tail_of
 
-LATE = "it was late: its masked update came when the others were being unmasked, and was not used"
+TOO_LATE = f"{LATE}: its masked update came when the others were being unmasked, and was not used"
 
 
 @dataclass
@@ -72,40 +73,119 @@ class Sum:
         return sorted([place, *self.graph[place]])
 
 
-def secure_exchange(exchange: Exchange, made: Made, like: Callable[[int], Tensors]) -> Exchange:
-    """Let only the mean of all updates through; `like` says for a round what each silo's update looks like."""
-    return as_one(exchange, lambda requests, lost: summed(requests, exchange, made, like(requests[0].round), lost))
+class Phase(NamedTuple):
+    """One phase of one sum: what is asked, and what becomes of each silo's first answer."""
+
+    requests: Sequence[Request]
+    take: Callable[[Reply], None]
+    """Raises `Refused` for an answer that cannot be used: its silo is lost."""
+    what: str
+    """What a silo that sends nothing is lost for; empty where it is not."""
+    stale: Callable[[Reply], bool] = lambda reply: False
+    """Whether a reply is one to an earlier phase, and comes too late."""
 
 
-def summed(requests: Sequence[Request], exchange: Exchange, made: Made, like: Tensors, lost: dict[str, str]) -> Reply:
-    """Return the mean by weight of the silos' updates; say in `lost` who is not in it, and why.
+Found = TypeVar("Found")
 
-    Raises:
-        Refused: where too few silos are left, or what they sent does not fit together: then nothing is told.
+Steps: TypeAlias = Generator[Phase, None, Found]
+"""A part of a sum as it goes: it yields the phases that it needs, and returns what it found."""
+
+
+def secure_exchange(exchange: Exchange, made: Made, like: Callable[[int], Tensors], seed: int = 0) -> Exchange:
+    """Let only the mean of all updates through, or of each group's; `like` says for a round what an update looks like.
+
+    Groups are dealt anew in each round, by `seed`.
+    """
+
+    def secured(requests: Sequence[Request]) -> Iterator[Reply]:
+        train = {request.client: request for request in requests if request.op == TRAIN}
+        if rest := [request for request in requests if request.op != TRAIN]:
+            yield from exchange(rest)
+        if train:
+            number = next(iter(train.values())).round
+            groups = dealt([*train], made.settings.groups, seed, number)
+            yield from side_by_side([[train[name] for name in group] for group in groups], exchange, made, like(number))
+
+    return secured
+
+
+def side_by_side(groups: Sequence[Sequence[Request]], exchange: Exchange, made: Made, like: Tensors) -> Iterator[Reply]:
+    """Yield the mean of each group, or who is lost where there is none; no group waits for another in a phase."""
+    lost: list[dict[str, str]] = [{} for _ in groups]
+    sums = {place: summed(requests, made, like, lost[place]) for place, requests in enumerate(groups)}
+    problem: Refused | None = None
+    while sums:
+        phases = dict[int, Phase]()
+        for place in list(sums):
+            step = sums[place].throw(problem) if problem else next(sums[place])
+            if isinstance(step, Phase):
+                phases[place] = step
+            else:
+                del sums[place]
+                yield step
+        try:
+            hear(exchange, phases, lost)
+        except Refused as refused:
+            # A silo of this process raises what one elsewhere keeps to itself.
+            problem = refused
+
+
+def hear(exchange: Exchange, phases: Mapping[int, Phase], lost: Sequence[dict[str, str]]) -> None:
+    """Ask all at once, and let each sum take the first answer of each of its silos; note those who send none."""
+    waiting = {request.client: place for place, phase in phases.items() for request in phase.requests}
+    requests = [request for phase in phases.values() for request in phase.requests]
+    for reply in exchange(requests) if requests else ():
+        if reply.round != requests[0].round:
+            continue
+        if any(phase.stale(reply) for phase in phases.values()):
+            for each in lost:
+                if reply.client in each:
+                    each[reply.client] = TOO_LATE
+        elif (place := waiting.pop(reply.client, None)) is not None:
+            try:
+                phases[place].take(reply)
+            except Refused as problem:
+                lost[place][reply.client] = str(problem)
+        # The next one is on its way, and two large ones need not be in memory.
+        del reply
+    for name, place in sorted(waiting.items()):
+        if what := phases[place].what:
+            lost[place].setdefault(name, f"{what} did not come")
+
+
+def summed(
+    requests: Sequence[Request], made: Made, like: Tensors, lost: dict[str, str]
+) -> Generator[Phase | Reply, None, None]:
+    """Yield the phases of a sum, and at last the mean by weight of the silos' updates with `lost`: who is not in it.
+
+    Where too few silos are left, or what they sent does not fit together, nothing is told and all are lost.
     """
     number, asked = requests[0].round, {request.client: request for request in requests}
-    now = opened([*asked], number, exchange, made, lost)
-    share_keys(now, number, exchange, lost)
-    take_updates(now, asked, exchange, made, like, lost)
-    secrets = unmasking(now, number, exchange, lost)
-    assert now.total is not None
-    unmask(now, secrets)
-    return told(now, number, made, like)
+    try:
+        now = yield from opened([*asked], number, made)
+        yield from share_keys(now, number)
+        yield from take_updates(now, asked, made, like)
+        unmask(now, (yield from unmasking(now, number)))
+        reply = told(now, number, made, like)
+    except Refused as problem:
+        reply = Reply("", number, {}, 0.0)
+        lost |= {**{name: f"no sum: {problem}" for name in asked}, **lost}
+    yield reply._replace(lost=lost)
 
 
-def opened(asked: Sequence[str], number: int, exchange: Exchange, made: Made, lost: dict[str, str]) -> Sum:
+def opened(asked: Sequence[str], number: int, made: Made) -> Steps[Sum]:
     """Phase 1: ask all for their keys; who sends none, or a bad one, is not part of the round."""
     keys = dict[str, list[bytes]]()
-    for name, reply in heard(exchange, [Request(name, number, KEYS, {}) for name in asked], lost, "its keys"):
-        try:
-            sent = as_bytes(reply.tensors.get(f"{PART}/keys"), 2, KEY_BYTES, "keys")
-            for public in sent:
-                require_point(public)
-            if {*sent} & {each for other in keys.values() for each in other} or len({*sent}) < 2:
-                raise Refused("its keys are another silo's")
-            keys[name] = sent
-        except Refused as problem:
-            lost[name] = str(problem)
+
+    def take(reply: Reply) -> None:
+        sent = as_bytes(reply.tensors.get(f"{PART}/keys"), 2, KEY_BYTES, "keys")
+        for public in sent:
+            require_point(public)
+        if {*sent} & {each for other in keys.values() for each in other} or len({*sent}) < 2:
+            raise Refused("its keys are another silo's")
+        keys[reply.client] = sent
+
+    yield Phase([Request(name, number, KEYS, {}) for name in asked], take, "its keys")
     names = sorted(keys)
     directory = Directory(names, [keys[name][0] for name in names], [keys[name][1] for name in names], len(asked))
     context = context_of(directory, number, made.settings)
@@ -116,23 +196,21 @@ def opened(asked: Sequence[str], number: int, exchange: Exchange, made: Made, lo
     return Sum(directory, now, context, neighbours_of(len(names), now.neighbours, context))
 
 
-def share_keys(now: Sum, number: int, exchange: Exchange, lost: dict[str, str]) -> None:
+def share_keys(now: Sum, number: int) -> Steps[None]:
     """Phase 2: let all share out their secrets among their neighbours."""
+
+    def take(reply: Reply) -> None:
+        place = now.directory.place(reply.client)
+        boxes = boxes_of(reply.tensors, len(now.holders(place)))
+        (now.checks[place],) = as_bytes(reply.tensors.get(f"{PART}/check"), 1, KEY_BYTES, "check")
+        now.boxes[place] = boxes
+
     asked = [Request(name, number, SHARES, written(now.directory)) for name in now.directory.names]
-    for name, reply in heard(exchange, asked, lost, "its shares of keys"):
-        place = now.directory.place(name)
-        try:
-            boxes = boxes_of(reply.tensors, len(now.holders(place)))
-            (now.checks[place],) = as_bytes(reply.tensors.get(f"{PART}/check"), 1, KEY_BYTES, "check")
-            now.boxes[place] = boxes
-        except Refused as problem:
-            lost[name] = str(problem)
+    yield Phase(asked, take, "its shares of keys")
     require_enough(now, len(now.boxes))
 
 
-def take_updates(
-    now: Sum, asked: Mapping[str, Request], exchange: Exchange, made: Made, like: Tensors, lost: dict[str, str]
-) -> None:
+def take_updates(now: Sum, asked: Mapping[str, Request], made: Made, like: Tensors) -> Steps[None]:
     """Phase 3: let them train, and add up what comes, modulo 2^bits."""
     beside = written(now.directory, there=flags(now.boxes, now.circle.silos))
     whole, requests = dict[int, Tensors](), list[Request]()
@@ -144,19 +222,17 @@ def take_updates(
     grid = made.grid(now.circle)
     names = sorted(like)
     total = np.zeros(sum(like[name].numel() for name in names), grid.kind)
-    for name, reply in heard(exchange, requests, lost, "its masked update"):
-        try:
-            numbers = numbers_of(reply.tensors, like, grid.kind)
-        except Refused as problem:
-            lost[name] = str(problem)
-            continue
+
+    def take(reply: Reply) -> None:
+        numbers = numbers_of(reply.tensors, like, grid.kind)
         start = 0
         for each in names:
             total[start : start + numbers[each].size] += numbers[each]
             start += numbers[each].size
         now.tail += numbers[TAIL]
-        now.kept.add(now.directory.place(name))
-        del reply, numbers
+        now.kept.add(now.directory.place(reply.client))
+
+    yield Phase(requests, take, "its masked update")
     now.total = total
     require_enough(now, len(now.kept))
 
@@ -175,7 +251,7 @@ def numbers_of(tensors: Tensors, like: Tensors, kind: type[np.unsignedinteger]) 
     }
 
 
-def unmasking(now: Sum, number: int, exchange: Exchange, lost: dict[str, str]) -> dict[int, bytes]:
+def unmasking(now: Sum, number: int) -> Steps[dict[int, bytes]]:
     """Phase 4: return each silo's secret, from its holders' shares: the own mask's, or of the lost the key's."""
     said, requests = flags(now.boxes, now.circle.silos), list[Request]()
     kept = flags(now.kept, now.circle.silos)
@@ -184,22 +260,20 @@ def unmasking(now: Sum, number: int, exchange: Exchange, lost: dict[str, str]) -
         tensors = written(now.directory, there=said, kept=kept, boxes=as_tensor(boxes, BOX_BYTES))
         requests.append(Request(now.directory.names[place], number, SUM, tensors))
     shares: dict[int, dict[int, bytes]] = {place: {} for place in now.boxes}
-    waiting = {request.client for request in requests}
-    for reply in exchange(requests):
-        if reply.client not in waiting or reply.round != number or TAIL in reply.tensors:
-            late = reply.client in now.directory.names and now.directory.place(reply.client) not in now.kept
-            if late and reply.round == number and TAIL in reply.tensors:
-                lost[reply.client] = LATE
-            continue
-        waiting.discard(reply.client)
+
+    def take(reply: Reply) -> None:
         place = now.directory.place(reply.client)
         try:
             found = as_bytes(reply.tensors.get(f"{PART}/shares"), len(sources(now, place)), KEY_BYTES, "shares")
         except Refused:
-            continue
+            # Its update is in the sum, and others hold what it holds.
+            return
         for source, share in zip(sources(now, place), found, strict=True):
             if share != BAD:
                 shares[source][now.holders(source).index(place)] = share
+
+    # Who sends no shares is in the sum all the same.
+    yield Phase(requests, take, "", stale=lambda reply: TAIL in reply.tensors)
     return {place: secret_of(now, place, shares[place]) for place in sorted(shares)}
 
 

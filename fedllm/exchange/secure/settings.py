@@ -30,6 +30,8 @@ class Settings(NamedTuple):
     """Of each number on its way."""
     largest_weight: float = 10_000
     """The most that a silo may weigh (examples, or tokens); what is above counts as this."""
+    groups: int = 1
+    """Into how many the silos of a round are dealt; each has its own sum, with the drop-outs and colluders above."""
     largest_value: float | None = None
     """The most that a single value of an update may be, where that is less than the update's norm may be."""
 
@@ -57,7 +59,7 @@ class Circle(NamedTuple):
 
 def require_settings(settings: Settings) -> None:
     """Raise for settings that cannot be meant."""
-    least = {"neighbours": 0, "drop_outs": 0, "colluding": 0, "least": 3, "largest_weight": 1}
+    least = {"neighbours": 0, "drop_outs": 0, "colluding": 0, "least": 3, "groups": 1, "largest_weight": 1}
     for key, floor in least.items():
         value = getattr(settings, key)
         if value is not None and not value >= floor:
