@@ -93,11 +93,11 @@ def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str
     user = json.loads((folder / "run.json").read_text(encoding="utf-8"))["user"]
     weights, patience = weights_sha256(recipe.model), recipe.federation.patience
 
-    def answer(name: str) -> dict[str, Any]:
+    def said(name: str) -> dict[str, Any]:
         return ask(line, name, {"do": "ask", **question(name, recipe, weights, folder.name, user)}, patience)
 
     with ThreadPoolExecutor(len(names) or 1) as pool:
-        found = pool.map(answer, names)
+        found = pool.map(said, names)
     refused: dict[str, str] = {}
     for name, answer in zip(names, found, strict=True):
         if answer.get("allowed") is False:

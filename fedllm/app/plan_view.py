@@ -66,8 +66,8 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     yield ""
     first = STEPS if recipe.duplicates else ()
     width = max(len(step.name) for step in (*first, *plan.steps))
-    for step in first:
-        yield f"  · {step.where:<6}  {step.name:<{width}}  once, before the rounds"
+    for once in first:
+        yield f"  · {once.where:<6}  {once.name:<{width}}  once, before the rounds"
     before = None
     for place, step in enumerate(plan.steps):
         facts = facts_text(step.facts)
