@@ -75,6 +75,7 @@ def engine(place: Path) -> dict[str, float]:
     from fedllm.app.config import read_recipe, write_recipe
     from fedllm.app.lead import question
     from fedllm.federation.commands import answer
+    from fedllm.silo.models import weights_sha256
 
     folder = join_all(place, ECHO)
     recipe = read_recipe({"model": "smollm2-135m-instruct", "rounds": 1})
@@ -85,7 +86,9 @@ def engine(place: Path) -> dict[str, float]:
         asked = answer(folder, "admin@example.org", {"do": "submit", "name": "echo", "recipe": write_recipe(recipe)})
         assert "error" not in asked, asked
         run = folder / "runs" / "echo"
-        (run / "question.json").write_text(json.dumps(question(recipe, "echo", "admin@example.org")))
+        # All sites are asked alike.
+        asking = question(ECHO[0], recipe, weights_sha256(recipe.model), "echo", "admin@example.org")
+        (run / "question.json").write_text(json.dumps(asking))
         told = wait_for(run / "told.json", run, 540)
     rounds = {size: statistics.median(told[str(size)]["seconds"]) for size in (100, 500)}
     payload = 500 * 10**6 / 2**20

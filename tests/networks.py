@@ -6,18 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 import pytest
 
 PREFIX = "fedllm-"
 SWITCH = "switch"
-
-HEADERS = 14 + 20 + 32
-"""Bytes of a frame's headers; a full one carries 1448 bytes of its 1514."""
 
 
 class Slow(NamedTuple):
@@ -107,29 +105,48 @@ def mend(name: str) -> None:
 
 
 class Carried(NamedTuple):
-    """What a machine's cable has carried, and what its TCP had to say twice."""
+    """What a machine's cable has carried, in bytes of whole frames."""
 
     received: int
-    """Bytes of whole frames."""
     sent: int
-    frames_in: int
-    frames_out: int
-    again: int
-    """Segments that were sent again."""
 
     def since(self, before: Carried) -> Carried:
         """Return what came after `before`."""
         return Carried(*(now - then for now, then in zip(self, before, strict=True)))
 
-    def streams(self) -> tuple[int, int]:
-        """Return the bytes received and sent less the headers of Ethernet, IP and TCP (with its timestamps)."""
-        return self.received - HEADERS * self.frames_in, self.sent - HEADERS * self.frames_out
-
 
 def carried(name: str) -> Carried:
     """Count what a machine's cable has carried so far."""
-    counts = "/sys/class/net/eth0/statistics/"
-    files = [f"{counts}{what}" for what in ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")]
-    *numbers, tcp = sh(*on(name, "cat", *files, "/proc/net/snmp")).split("\n", 4)
-    names, values = (line.split() for line in tcp.splitlines() if line.startswith("Tcp:"))
-    return Carried(*map(int, numbers), int(values[names.index("RetransSegs")]))
+    files = [f"/sys/class/net/eth0/statistics/{what}_bytes" for what in ("rx", "tx")]
+    return Carried(*map(int, sh(*on(name, "cat", *files)).split()))
+
+
+class Streams(NamedTuple):
+    """What TCP has carried on a machine's cable, in bytes of data."""
+
+    received: int
+    sent: int
+    again: int
+    """Of those sent: what had been sent before."""
+    missed: int
+    """Frames that went by uncounted."""
+
+
+@contextmanager
+def listening(names: Sequence[str]) -> Iterator[Callable[[str], Streams]]:
+    """Listen at the cables of machines; yield what says how much TCP has carried on one since then."""
+    script = [sys.executable, str(Path(__file__).with_name("wiretap.py")), "eth0"]
+    taps = {name: subprocess.Popen(on(name, *script), stdin=PIPE, stdout=PIPE, text=True, bufsize=1) for name in names}
+
+    def heard(name: str) -> Streams:
+        taps[name].stdin.write("\n")
+        return Streams(*map(int, taps[name].stdout.readline().split()))
+
+    try:
+        for tap in taps.values():
+            assert tap.stdout.readline() == "up\n"
+        yield heard
+    finally:
+        for tap in taps.values():
+            tap.kill()
+            tap.wait()

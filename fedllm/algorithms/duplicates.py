@@ -23,6 +23,8 @@ from fedllm.silo.dedupe import fingerprints
 LARGEST = 1 << 26
 """Texts of a silo; more in one message is refused."""
 
+STEPS = (Step("silo", "salted hashes of the texts"), Step("server", "tell each silo what another one keeps"))
+
 
 def shared_duplicates(select: Select, *, salt: Callable[[], bytes]) -> Algorithm:
     """Tell each silo which of its texts to drop; `salt` is called at the silos alone (`dedupe.salt_from`).
@@ -53,8 +55,7 @@ def shared_duplicates(select: Select, *, salt: Callable[[], bytes]) -> Algorithm
             report[f"shared.{reply.client}"] = len(drop.get(reply.client, ()))
         return state._replace(round=state.round + 1), report
 
-    steps = [Step("silo", "salted hashes of the texts"), Step("server", "tell each silo what another one keeps")]
-    return Algorithm(lambda params: State(0, dict(params), {}, {}), client, server, None, steps)
+    return Algorithm(lambda params: State(0, dict(params), {}, {}), client, server, None, STEPS)
 
 
 def to_drop(held: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ def build(
     secret: bytes | None = None,
     key: bytes | None = None,
 ) -> Parts:
-    """Build a run's parts; without `weights` the model has shapes only, enough for a plan.
+    """Build a run's parts; without `weights` the model has shapes only, enough for a plan, and nothing is written.
 
     `elsewhere` names the silos of a federation, whose text other machines hold. Noise is drawn from the `secret`; a
     plan needs none. `key` is what the sites of a federation share for [homomorphic]; on one machine there is no need.
@@ -144,7 +144,7 @@ def build(
     tokenizer = None if endpoint else load_tokenizer(recipe.model)
     task = words_task(recipe, asked) if endpoint else make("task", recipe.task, tokenizer)
     trainable = trainables.none() if endpoint or asked else make("trainable", recipe.trainable, tokenizer=tokenizer)
-    named = {name: NOWHERE for name in elsewhere} if elsewhere else open_named(recipe)
+    named = {name: NOWHERE for name in elsewhere} if elsewhere else open_named(recipe, keep=weights)
     shards = {name: shard for name, shard in named.items() if name not in recipe.without.silos}
     silos = Silos(shards, task, tested=recipe.evaluate.examples, asking=asked)
     if not elsewhere:

@@ -72,7 +72,7 @@ def plan(recipe: RecipeFile, settings: Settings = []) -> None:  # noqa: B006
     with TemporaryDirectory() as apart:
         looks: dict[str, int] = {}
         if read.scratch:
-            looks = start_from_nothing(read, Path(apart), Ui(None)).get("looks", {})
+            looks = start_from_nothing(read, Path(apart), Ui(None), keep=False).get("looks", {})
             read = read.model_copy(update={"model": apart})
         for line in plan_lines(build(read, weights=False)):
             say(line)

@@ -38,12 +38,15 @@ def anchored(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data, "model": str(model.absolute()) if model.is_dir() else recipe.model})
 
 
-def open_shards(recipe: Recipe) -> dict[str, Shard]:
-    """Read all silos of a recipe but those that it leaves out, each with text to learn from and text held out."""
-    return {name: shard for name, shard in open_named(recipe).items() if name not in recipe.without.silos}
+def open_shards(recipe: Recipe, keep: bool = True) -> dict[str, Shard]:
+    """Read all silos of a recipe but those that it leaves out, each with text to learn from and text held out.
+
+    Canaries that are made now are written to their silo's file, unless `keep` is false.
+    """
+    return {name: shard for name, shard in open_named(recipe, keep).items() if name not in recipe.without.silos}
 
 
-def open_named(recipe: Recipe) -> dict[str, Shard]:
+def open_named(recipe: Recipe, keep: bool = True) -> dict[str, Shard]:
     """Read all silos of a recipe; of those that it leaves out there is the name, and their files are not opened."""
     root, gone = Path(recipe.data.root), set(recipe.without.silos)
     shards = opened(recipe, root, gone)
@@ -51,7 +54,8 @@ def open_named(recipe: Recipe) -> dict[str, Shard]:
         raise FedllmError(f"without: there is no silo '{odd[0]}'; {nearest(odd[0], shards)}")
     if gone >= shards.keys():
         raise FedllmError("without.silos leaves out all silos, so nobody is left to learn; take one of them out.")
-    left = apart({name: shard for name, shard in shards.items() if name not in gone}, recipe)
+    there = {name: planted(name, shard, recipe, keep) for name, shard in shards.items() if name not in gone}
+    left = apart({name: forgetful(name, shard, recipe) for name, shard in there.items()}, recipe)
     return {name: left.get(name, shard) for name, shard in shards.items()}
 
 
@@ -124,26 +128,38 @@ def split(
         except FedllmError as error:
             raise FedllmError(f"silos.{name}: {error}") from error
     train, test = limited(train, data.limit_train, data, recipe.seed), limited(test, data.limit_test, data, recipe.seed)
-    if recipe.canaries:
-        planted = planted_rows(canaries_of(name, recipe), recipe.canaries.repeat, canary_columns(recipe))
-        train = spooled(chain(train, planted))
-        counts[f"{len(steps)}.canaries.made"] = recipe.canaries.count
-    if keys := recipe.without.rows.get(name):
-        train, test = forgetting(train, keys), forgetting(test, keys)
-        if not train or not test:
-            raise FedllmError(
-                f"without.rows leaves silo '{name}' no row to {'learn from' if not train else 'test with'}; leave out "
-                "the whole silo by without.silos."
-            )
     return Shard(train, test, dict(counts))
 
 
-def canaries_of(name: str, recipe: Recipe) -> list[Canary]:
+def planted(name: str, shard: Shard, recipe: Recipe, keep: bool) -> Shard:
+    """Return a silo with its canaries among the rows to learn from."""
+    if recipe.canaries is None:
+        return shard
+    rows = planted_rows(canaries_of(name, recipe, keep), recipe.canaries.repeat, canary_columns(recipe))
+    counts = {**shard.cleaned, f"{len(recipe.cleaning)}.canaries.made": recipe.canaries.count}
+    return shard._replace(train=spooled(chain(shard.train, rows)), cleaned=counts)
+
+
+def forgetful(name: str, shard: Shard, recipe: Recipe) -> Shard:
+    """Return a silo without the rows of it that are to be forgotten."""
+    keys = recipe.without.rows.get(name)
+    if not keys:
+        return shard
+    train, test = forgetting(shard.train, keys), forgetting(shard.test, keys)
+    if not train or not test:
+        raise FedllmError(
+            f"without.rows leaves silo '{name}' no row to {'learn from' if not train else 'test with'}; leave out "
+            "the whole silo by without.silos."
+        )
+    return shard._replace(train=train, test=test)
+
+
+def canaries_of(name: str, recipe: Recipe, keep: bool = True) -> list[Canary]:
     """Return the canaries of a silo of this machine, from its own folder."""
     if recipe.canaries is None:
         return []
     folder = Path(recipe.data.root) / Path(recipe.canaries.folder).expanduser()
-    return canaries_in(folder / f"{quote(name, safe='')}.jsonl", recipe.canaries.count)
+    return canaries_in(folder / f"{quote(name, safe='')}.jsonl", recipe.canaries.count, keep)
 
 
 def canary_columns(recipe: Recipe) -> dict[str, str]:

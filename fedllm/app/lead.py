@@ -12,7 +12,7 @@ from typing import Any
 
 import fedllm
 from fedllm.app.build import Parts, build
-from fedllm.app.config import Recipe, read_recipe, read_toml, write_recipe
+from fedllm.app.config import Recipe, Without, read_recipe, read_toml, write_recipe
 from fedllm.app.duplicates import between
 from fedllm.app.live import Lines, Live
 from fedllm.app.privacy import has_secret, is_private, keeps_losses, resolved
@@ -65,19 +65,21 @@ def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
         go(folder, parts, ui, nodes)
 
 
-def asked_of_sites(recipe: Recipe) -> dict[str, Any]:
-    """Return what a site is told of a recipe: all but whose text lies where."""
-    return recipe.model_dump(mode="json", exclude_none=True, exclude={"silos", "partition", "federation"})
+def asked_of(name: str, recipe: Recipe) -> dict[str, Any]:
+    """Return what a site is told of a recipe: all but whose text lies where, and what others have forgotten."""
+    rows = {site: keys for site, keys in recipe.without.rows.items() if site == name}
+    own = recipe.model_copy(update={"without": Without(rows=rows)})
+    return own.model_dump(mode="json", exclude_none=True, exclude={"silos", "partition", "federation"})
 
 
-def question(recipe: Recipe, run: str, user: str) -> dict[str, Any]:
-    """Return all that a site is told of a run before it takes part."""
+def question(name: str, recipe: Recipe, weights: str, run: str, user: str) -> dict[str, Any]:
+    """Return all that a site is told of a run before it takes part; `weights` is the hash of the base model's."""
     return {
         "run": run,
-        "recipe": asked_of_sites(recipe),
+        "recipe": asked_of(name, recipe),
         "algorithm": [recipe.algorithm["name"]],
         "fedllm": fedllm.__version__,
-        "model_sha256": weights_sha256(recipe.model),
+        "model_sha256": weights,
         "user": user,
     }
 
@@ -90,9 +92,13 @@ def taking_part(folder: Path, recipe: Recipe, line: Line, expected: Sequence[str
     before = [event for event in read_events(folder) if event["event"] == "asked"]
     names = list(before[0]["sites"]) if before else list(expected)
     user = json.loads((folder / "run.json").read_text(encoding="utf-8"))["user"]
-    asking = {"do": "ask", **question(recipe, folder.name, user)}
+    weights, patience = weights_sha256(recipe.model), recipe.federation.patience
+
+    def said(name: str) -> dict[str, Any]:
+        return ask(line, name, {"do": "ask", **question(name, recipe, weights, folder.name, user)}, patience)
+
     with ThreadPoolExecutor(len(names) or 1) as pool:
-        found = pool.map(lambda name: ask(line, name, asking, recipe.federation.patience), names)
+        found = pool.map(said, names)
     refused: dict[str, str] = {}
     for name, answer in zip(names, found, strict=True):
         if answer.get("allowed") is False:

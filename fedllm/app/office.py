@@ -127,9 +127,11 @@ def status_table(told: Mapping[str, Any]) -> Iterator[Table | Text]:
     for name, site in told["sites"].items():
         sites.add_row(name, "revoked" if site["revoked"] else "yes" if site["connected"] else "no")
     yield sites
-    runs = Table("run", "state", "rounds", "attempt", "started by", box=None, padding=(0, 1))
-    # Of many runs a line each; all that there is to say of one is said below.
-    runs.add_column("last word", no_wrap=True, overflow="ellipsis")
+    runs = Table(box=None, padding=(0, 1), expand=True)
+    for head in ("run", "state", "rounds", "attempt", "started by"):
+        runs.add_column(head, no_wrap=True)
+    # Of many runs a line each, in the room that the rest leaves; all that there is to say of one is said below.
+    runs.add_column("last word", no_wrap=True, overflow="ellipsis", ratio=1)
     for name, run in told["runs"].items():
         live = run["live"] or {}
         rounds = f"{live.get('round', 0)} of {live.get('rounds', '?')}"

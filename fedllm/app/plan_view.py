@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from fedllm.algorithms.duplicates import STEPS
 from fedllm.app.build import Parts, counts, longest, row_tokens
 from fedllm.app.config import Recipe
 from fedllm.app.homomorphic import homomorphic_lines
@@ -20,7 +21,7 @@ from fedllm.app.privacy import (
     uses,
 )
 from fedllm.app.secure import secure_lines
-from fedllm.app.terminal import amount
+from fedllm.app.terminal import amount, many
 from fedllm.core.plan import size
 from fedllm.core.types import Facts, on_meta
 from fedllm.exchange.availability import told
@@ -63,9 +64,13 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     """Yield the plan of a run, line by line."""
     recipe, plan, names = parts.recipe, parts.plan, parts.silos.names
     total = sum(value.numel() for value in parts.model.parameters())
-    yield f"{recipe.name}: {len(names)} silos, {recipe.rounds} rounds, {recipe.model} ({total / 1e6:.1f} M parameters)"
+    runs = f"{many(len(names), 'silo')}, {many(recipe.rounds, 'round')}"
+    yield f"{recipe.name}: {runs}, {recipe.model} ({total / 1e6:.1f} M parameters)"
     yield ""
-    width = max(len(step.name) for step in plan.steps)
+    first = STEPS if recipe.duplicates else ()
+    width = max(len(step.name) for step in (*first, *plan.steps))
+    for once in first:
+        yield f"  · {once.where:<6}  {once.name:<{width}}  once, before the rounds"
     before = None
     for place, step in enumerate(plan.steps):
         facts = facts_text(step.facts)

@@ -32,6 +32,7 @@ from fedllm.app.rows import counted
 from fedllm.app.scores import check_files, general_losses, score_files
 from fedllm.app.scratch import start
 from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, one_round, said
+from fedllm.app.terminal import many
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.noise import fresh_secret
 from fedllm.core.types import State, Tensors
@@ -117,7 +118,7 @@ def built(recipe: Recipe, ui: Ui, secret: bytes | None = None) -> Parts:
     train, test = (sum(len(shard[place]) for shard in silos.shards.values()) for place in (0, 1))
     skipped = sum(silos.skipped.values())
     ui.say(
-        f"{len(silos.names)} silos, {train:,} rows to learn from and {test:,} held out"
+        f"{many(len(silos.names), 'silo')}, {train:,} rows to learn from and {test:,} held out"
         + (f" ({skipped:,} of them too long or empty)" if skipped else "")
     )
     for name, shard in silos.shards.items():

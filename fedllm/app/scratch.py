@@ -29,8 +29,11 @@ from fedllm.silo.token_files import make_tokenizer, pooled_tokenizer
 FEDERATED = "federated"
 
 
-def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
-    """Write the model that a recipe's [scratch] describes as a transformers folder; return what is told of it."""
+def start(recipe: Recipe, folder: Path, ui: Ui, keep: bool = True) -> dict[str, Any]:
+    """Write the model that a recipe's [scratch] describes as a transformers folder; return what is told of it.
+
+    Canaries that are made now are written to their silo's file, unless `keep` is false.
+    """
     scratch = recipe.scratch
     assert scratch is not None
     require_fit(recipe)
@@ -38,7 +41,7 @@ def start(recipe: Recipe, folder: Path, ui: Ui) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if scratch.tokenizer == FEDERATED:
         with ui.part("learning the tokenizer", None):
-            tokenizer, told = learned(recipe)
+            tokenizer, told = learned(recipe, keep)
         ui.say(
             f"tokenizer of {told['vocab']:,} tokens learned in {told['rounds']} rounds: {told['tokens_per_byte']:.4f} "
             f"tokens a byte"
@@ -67,9 +70,9 @@ def require_fit(recipe: Recipe) -> None:
         raise FedllmError(f"scratch.context is {scratch.context}, but rows have up to {rows} tokens; raise it.")
 
 
-def learned(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+def learned(recipe: Recipe, keep: bool) -> tuple[Any, dict[str, Any]]:
     """Learn a tokenizer over the silos and measure it on their held-out text, beside one of the pooled text."""
-    scratch, shards = recipe.scratch, open_shards(recipe)
+    scratch, shards = recipe.scratch, open_shards(recipe, keep)
     assert scratch is not None
     key = str(recipe.task.get("text", "text"))
     texts = {name: texts_of(name, shard, key) for name, shard in shards.items()}

@@ -103,7 +103,7 @@ def check(
     """Show what a recipe would do here and whether this site's rules let it; nothing runs."""
     from fedllm.app.build import build
     from fedllm.app.config import read_recipe
-    from fedllm.app.lead import asked_of_sites, question
+    from fedllm.app.lead import asked_of, question
     from fedllm.app.plan_view import plan_lines
     from fedllm.app.privacy import is_private
     from fedllm.app.site import known, own_recipe
@@ -114,8 +114,8 @@ def check(
 
     use(data)
     here, read = read_site(file, known()), read_recipe(recipe, settings)
-    told = asked_of_sites(read)
-    asked = facts(question(read, "check", user))
+    told = asked_of(here.name, read)
+    asked = facts(question(here.name, read, weights_sha256(read.model), "check", user))
     found = list(refusals(here, asked, known(), weights_sha256))
     account = spending(here, file)
     if not found:

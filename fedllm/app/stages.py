@@ -12,6 +12,7 @@ from fedllm.app.build import Parts
 from fedllm.app.privacy import keeps_losses
 from fedllm.app.progress import Ui
 from fedllm.app.results import MEASURES
+from fedllm.app.terminal import many
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import LATE, NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
 from fedllm.runtime.line import Aborted
@@ -220,4 +221,4 @@ def round_line(event: Mapping[str, Any], rounds: int) -> str:
     speed = event["tokens"] / max(1e-9, event["seconds"]["train"])
     tokens = f", {event['tokens']:,} tokens at {speed:,.0f}/s" if event["tokens"] else ""
     spent = "".join(f", epsilon {value:.3g} of a {unit}" for unit, value in event.get("epsilon", {}).items())
-    return f"round {event['round']} of {rounds}: {event['clients']} silos{tokens}{loss}{spent}{dropped}"
+    return f"round {event['round']} of {rounds}: {many(event['clients'], 'silo')}{tokens}{loss}{spent}{dropped}"

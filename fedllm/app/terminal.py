@@ -29,6 +29,15 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def many(number: int, what: str) -> str:
+    """Return a number of things in words.
+
+    >>> many(1, "silo"), many(3, "silo")
+    ('1 silo', '3 silos')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def amount(count: float) -> str:
     """Return bytes in the unit that reads best.
 

@@ -26,6 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
 from nvflare.collab import CollabCallError, collab
 from nvflare.collab.api.exceptions import RunAborted
 from nvflare.fuel.utils.buffer_list import ConsumableBufferList
@@ -39,6 +43,10 @@ FOLDER, LOOP, DESK = "FEDLLM_FOLDER", "FEDLLM_LOOP", "FEDLLM_DESK"
 
 STOP_SECONDS = 5.0
 
+BUSY, QUIET = 0.5, 10.0
+"""Seconds after which a site asks FLARE for a task again: while two of them set a job up, and when no more will come.
+To ask costs 2 kB each way, which is more than small updates take over an hour's training."""
+
 LARGEST_ANSWER = 32 << 20
 """Bytes of an answer of the desk; a piece of a reply is far smaller."""
 
@@ -49,16 +57,24 @@ SWEPT = 32 << 20
 log = logging.getLogger("fedllm.flare")
 
 
-class Lead:
+class Lead(FLComponent):
     """The server's side of a run: calls `loop(folder, line, expected)` and writes down how it ended."""
 
     def __init__(self, run: str, attempt: str) -> None:
+        super().__init__()
         only_bytes()
         self.run, self.attempt = run, attempt
+        self.runner: Any = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Keep FLARE's runner of this job, which it names to its components only."""
+        if event_type == EventType.START_RUN:
+            self.runner = fl_ctx.get_prop(FLContextKey.RUNNER)
 
     @collab.main
     def main(self) -> None:
         """Run the loop; FLARE calls this once per job."""
+        self.runner.config.task_request_interval = QUIET
         folder = Path(os.environ[FOLDER]) / "runs" / self.run
         context = collab.context
         write_down(folder / "server.log")
@@ -281,6 +297,7 @@ def job(run: str, attempt: str, sites: Sequence[str]) -> tuple[dict[str, Any], b
     collab_parts = "nvflare.collab.runtime"
     lead = {
         "format_version": 2,
+        "server": {"task_request_interval": BUSY},
         "workflows": [
             {
                 "id": "controller",

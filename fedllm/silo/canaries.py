@@ -40,13 +40,16 @@ class Sentence(NamedTuple):
 SENTENCE = Sentence()
 
 
-def canaries_in(path: Path, count: int) -> list[Canary]:
-    """Return a silo's canaries from its file, which is made first if it is not there.
+def canaries_in(path: Path, count: int, keep: bool = True) -> list[Canary]:
+    """Return a silo's canaries from its file; if it is not there they are made, and written to it if `keep`.
 
     The file stays, so that a run that is resumed learns from the same rows; only its owner can read it.
     """
     if not path.exists():
-        text = "".join(json.dumps(canary._asdict()) + "\n" for canary in made(count))
+        new = made(count)
+        if not keep:
+            return new
+        text = "".join(json.dumps(canary._asdict()) + "\n" for canary in new)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -156,11 +156,22 @@ def test_a_wrong_path_is_one_sentence(place, monkeypatch, capsys, words, sentenc
     assert sorted(place.rglob("*")) == before
 
 
-def test_plan_prints_and_makes_nothing(place, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ((), ("aggregate: mean", "on the wire", "memory", "2 silos, 2 rounds")),
+        (("silos={a='a.jsonl'}", "rounds=1", "canaries.count=4"), ("1 silo, 1 round,",)),
+        (
+            ("duplicates.text=prompt",),
+            ("silo    salted hashes of the texts", "server  tell each silo what another one keeps"),
+        ),
+    ],
+)
+def test_plan_prints_and_makes_nothing(place, monkeypatch, capsys, settings, words):
     before = sorted(place.rglob("*"))
-    code, said, wrong = call(monkeypatch, capsys, "plan", "tiny.toml")
+    code, said, wrong = call(monkeypatch, capsys, "plan", "tiny.toml", *(f"--set={each}" for each in settings))
     assert (code, wrong) == (0, "")
-    for word in ("aggregate: mean", "on the wire", "memory", "2 silos, 2 rounds"):
+    for word in words:
         assert word in said
     assert sorted(place.rglob("*")) == before
 

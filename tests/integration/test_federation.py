@@ -15,7 +15,7 @@ from fedllm.app.lead import lead
 from fedllm.app.run import run
 from fedllm.core.errors import FedllmError
 from fedllm.federation.audit import verify
-from fedllm.runtime.line import Aborted, Line, Unreachable
+from fedllm.runtime.line import Aborted, Line, Unreachable, encode
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site
 from tests.tiny import write_model, write_rows
@@ -101,8 +101,17 @@ def rounds(folder):
 
 def test_a_run_over_desks_is_the_run_on_one_machine_bit_for_bit(place, recipe, sites, undisturbed):
     asked = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"alone": True})})
-    far = federate(place / "far", asked, line_to(sites))
+    good, left = line_to(sites), bytearray()
+
+    def call(site, head, body, seconds):
+        answer = good.call(site, head, body, seconds)
+        left.extend(encode(answer[0], bytes(answer[1])))
+        return answer
+
+    far = federate(place / "far", asked, Line(call, good.sites))
     assert same_adapter(undisturbed, far)
+    # Much left, and no row is in it.
+    assert len(left) > 10_000 and b"the cat sat" not in left
     mine, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed, far))
     for kind in ("base", "federated", "alone"):
         assert theirs["loss"][kind] == {name: mine["loss"][kind][name] for name in ("a", "b")}
@@ -129,6 +138,23 @@ def test_a_site_that_refuses_is_left_out_by_the_rules_name_and_the_others_go_on(
     assert rounds(folder)[0]["clients"] == 2
     refusals = [e for e in verify(place / "site_c" / "state" / "audit.jsonl").entries if e["what"] == "refuse"]
     assert refusals[-1]["rule"] == "trainables"
+
+
+def test_a_site_is_told_of_no_rows_but_its_own(place, recipe, sites):
+    good, asked = line_to(sites), {}
+
+    def call(site, head, body, seconds):
+        asked[site] = head["recipe"]["without"]
+        if len(asked) == len(NAMES):
+            raise Aborted("That is enough.")
+        return good.call(site, head, body, seconds)
+
+    rows = {"a": ["00aa"], "b": ["00bb", "11bb"]}
+    gone = recipe.without.model_copy(update={"rows": rows, "norms": {"a": [0.5]}, "silos": ["c"]})
+    with pytest.raises(Aborted):
+        federate(place / "gone", recipe.model_copy(update={"without": gone, "transforms": []}), Line(call, good.sites))
+    own = {name: {name: rows[name]} if name in rows else {} for name in NAMES}
+    assert asked == {name: {"silos": [], "rows": own[name], "norms": {}} for name in NAMES}
 
 
 def test_where_too_few_take_part_the_run_ends_with_the_reason(place, recipe, sites):

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def test_compose_closes_the_container(tmp_path, make, place):
 
 
 @ROLES
+@pytest.mark.parametrize("place", ["plain", ODD])
+def test_the_compose_file_is_one_by_the_compose_specification(tmp_path, make, place):
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema, with the specification's schema, is not here")
+    file = next(p for p in deploy(make(tmp_path / place), "compose", tmp_path / "out") if p.name == "compose.yaml")
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    file.write_text(file.read_text().replace("cap_drop", "cap_drp"))
+    assert "cap_drp" in subprocess.run(check, capture_output=True, text=True).stdout
+
+
+@ROLES
 def test_the_image_does_not_run_as_root(tmp_path, make):
     daemon = make(tmp_path)
     lines = one(deploy(daemon, "compose", tmp_path / "out"), "Dockerfile").splitlines()
@@ -120,13 +133,14 @@ def test_the_image_does_not_run_as_root(tmp_path, make):
     assert [line for line in lines if line.startswith("EXPOSE")] == ["EXPOSE 8002"] * (daemon.role == "server")
 
 
-def rendered(chart: Path) -> dict[str, dict]:
-    """The chart's objects, by `helm` where it is here, else with its few actions filled in by hand."""
+def rendered(chart: Path, *options: str) -> dict[str, dict]:
+    """The chart's objects, by `helm` (with options) where it is here, else with its few actions filled in by hand."""
     values = yaml.safe_load((chart / "values.yaml").read_text())
     helm = shutil.which("helm")
     if helm is not None:
         subprocess.run([helm, "lint", "--strict", str(chart)], check=True)
-        done = subprocess.run([helm, "template", "it", str(chart)], check=True, capture_output=True, text=True)
+        template = [helm, "template", "it", str(chart), *options]
+        done = subprocess.run(template, check=True, capture_output=True, text=True)
         return {found["kind"]: found for found in yaml.safe_load_all(done.stdout) if found}
 
     def fill(match: re.Match[str]) -> str:
@@ -168,6 +182,20 @@ def test_the_chart_is_closed_too(tmp_path, make):
     ingress = found["NetworkPolicy"]["spec"]["ingress"]
     assert ingress == ([{"ports": [{"protocol": "TCP", "port": 8002}]}] if is_server else [])
     assert ("ports" in container) == is_server
+
+
+@ROLES
+@pytest.mark.parametrize("options", [(), ("--set", "persistence.storageClass=fast,data.existingClaim=text")])
+def test_kubernetes_knows_each_key_of_the_charts_objects(tmp_path, make, options):
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate, with the schemas, is not here")
+    daemon, version = make(tmp_path), kubernetes.latest_version()
+    deploy(daemon, "helm", tmp_path / "out")
+    found = rendered(tmp_path / "out" / f"fedllm-{daemon.role}", *options)
+    for each in found.values():
+        kubernetes.validate(each, version, strict=True)
+    found["StatefulSet"]["spec"]["template"]["spec"]["runAsNonRoot"] = True
+    with pytest.raises(kubernetes.ValidationError, match="runAsNonRoot"):
+        kubernetes.validate(found["StatefulSet"], version, strict=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

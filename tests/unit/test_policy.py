@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fedllm
 from fedllm.app.catalog import CATALOG
+from fedllm.app.site import own_recipe
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.federation.policy import KINDS, Policy, read_site
 from fedllm.federation.rules import check, clipped_at, facts, governing, recipe_sha256, refusals
@@ -35,6 +36,18 @@ def clip(norm):
 def test_a_site_that_says_nothing_allows_what_is_known(tmp_path):
     assert refusal(tmp_path, asked()) is None
     assert governing(site_in(tmp_path)) == ["metrics"]
+
+
+def test_a_site_names_the_api_and_the_variable_of_its_key_itself(tmp_path):
+    told = recipe(model="endpoint", endpoint={"url": "https://elsewhere.example/v1", "model": "m", "key_env": "SECRET"})
+    file, text = tmp_path / "site.toml", 'name = "a"\n[data]\ntrain = "a.jsonl"\n[models]\nendpoint = {}\n'
+    file.write_text(text.format("{}"))
+    with pytest.raises(FedllmError, match="names no API"):
+        own_recipe(told, file)
+    for more, key in (("", None), (', key_env = "OURS"', "OURS")):
+        file.write_text(text.format(f'{{ url = "https://ours.example/v1"{more} }}'))
+        own = own_recipe(told, file).endpoint
+        assert (own.url, own.key_env) == ("https://ours.example/v1", key)
 
 
 CENTRAL = {"name": "central_dp", "max_norm": 1.0, "noise": 1.0}
