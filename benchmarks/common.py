@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fedllm
 from fedllm.app.config import Recipe
 from fedllm.core.seeds import derive, generator
-from fedllm.core.types import Dataset, Request, Silo, Tensors
+from fedllm.core.types import Dataset, Exchange, Middleware, Reply, Request, Silo, Tensors
 from fedllm.runtime.store import read_events
+from fedllm.runtime.wire import message_bytes, reply_head, request_head
 from fedllm.silo.examples import Example
 from fedllm.silo.trainables import lora, parameters, trained
 
@@ -92,6 +93,27 @@ def with_lora(model: torch.nn.Module) -> tuple[torch.nn.Module, Tensors]:
             if ".lora_B." in name:
                 value.copy_(torch.randn(value.shape, generator=generator(0, name)) * 0.02)
     return attached, parameters(attached)
+
+
+def summing_silos(
+    layer: Middleware, updates: Mapping[str, Tensors]
+) -> tuple[Exchange, dict[str, float], dict[str, int]]:
+    """Return an exchange with silos that send these updates through a layer, and each one's CPU seconds and bytes."""
+    assert layer.client is not None
+    client = layer.client(lambda request, silo: (Reply(request.client, 0, updates[request.client], 1.0), {}))
+    spent, sent, memory = dict.fromkeys(updates, 0.0), dict.fromkeys(updates, 0), dict[str, Tensors]()
+
+    def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
+        for request in requests:
+            silo = Silo(request.client, torch.nn.Identity(), {}, memory.get(request.client, {}), 0)
+            begun = time.process_time()
+            reply, memory[request.client] = client(request, silo)
+            spent[request.client] += time.process_time() - begun
+            sent[request.client] += message_bytes(request.tensors, request_head(request))
+            sent[request.client] += message_bytes(reply.tensors, reply_head(reply))
+            yield reply
+
+    return exchange, spent, sent
 
 
 def keep(name: str, result: Mapping[str, Any]) -> None:

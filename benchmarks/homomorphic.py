@@ -8,20 +8,20 @@ Silos one after another in this process, without training; all of the update enc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 
-from benchmarks.common import keep
-from fedllm.core.types import Middleware, Reply, Request, Silo, Tensors
+from benchmarks.common import keep, summing_silos
+from fedllm.core.types import Middleware, Reply, Request, Tensors
 from fedllm.exchange.homomorphic.middleware import homomorphic_sum
 from fedllm.exchange.homomorphic.settings import Settings
 from fedllm.exchange.secure.fixed_point import grid
 from fedllm.exchange.secure.middleware import secure_sum
 from fedllm.exchange.secure.settings import Settings as SecureSettings
-from fedllm.runtime.wire import message_bytes, reply_head, request_head
+from fedllm.runtime.wire import message_bytes, reply_head
 
 BOUND, KEY, SECRET = 1.0, b"k" * 32, b"s" * 32
 
@@ -51,20 +51,7 @@ def cost_of(layer: Middleware, like: Tensors, silos: int) -> Cost:
     """Do one round and measure it."""
     names = [f"silo_{place}" for place in range(silos)]
     updates = {name: update_of(place, like) for place, name in enumerate(names)}
-    assert layer.client is not None
-    client = layer.client(lambda request, silo: (Reply(request.client, 0, updates[request.client], 1.0), {}))
-    spent, sent, memory = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), dict[str, Tensors]()
-
-    def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
-        for request in requests:
-            silo = Silo(request.client, torch.nn.Identity(), {}, memory.get(request.client, {}), 0)
-            begun = time.process_time()
-            reply, memory[request.client] = client(request, silo)
-            spent[request.client] += time.process_time() - begun
-            sent[request.client] += message_bytes(request.tensors, request_head(request))
-            sent[request.client] += message_bytes(reply.tensors, reply_head(reply))
-            yield reply
-
+    exchange, spent, sent = summing_silos(layer, updates)
     begun = time.process_time()
     (reply,) = layer.exchange(exchange)([Request(name, 0, "train", {}) for name in names])
     server = time.process_time() - begun - sum(spent.values())

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.common import keep
-from fedllm.core.types import Reply, Request, Silo, Tensors
+from benchmarks.common import keep, summing_silos
+from fedllm.core.types import Reply, Request, Tensors
 from fedllm.exchange.secure.fixed_point import grid
 from fedllm.exchange.secure.middleware import secure_sum
 from fedllm.exchange.secure.settings import Settings, circle
-from fedllm.runtime.wire import message_bytes, reply_head, request_head
+from fedllm.runtime.wire import message_bytes, reply_head
 
 SILOS, VALUES, LOST, NEIGHBOURS = 10, 10_000_000, 3, 8
 BOUND = 1.0
@@ -60,21 +60,13 @@ def ours(bits: int, values: int, lost: int) -> Cost:
     names = [f"silo_{place}" for place in range(SILOS)]
     updates = {name: update_of(place, values) for place, name in enumerate(names)}
     layer = secure_sum(settings, b"s" * 32, BOUND, lambda number: like, weighted=False)
-    assert layer.client is not None
-    client = layer.client(lambda request, silo: (Reply(request.client, 0, updates[request.client], 1.0), {}))
-    spent, sent, memory = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), dict[str, Tensors]()
+    everyone, spent, sent = summing_silos(layer, updates)
 
     def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
-        for request in requests:
-            if request.op in ("train", "secure_sum") and request.client in names[:lost]:
-                continue
-            silo = Silo(request.client, torch.nn.Identity(), {}, memory.get(request.client, {}), 0)
-            begun = time.process_time()
-            reply, memory[request.client] = client(request, silo)
-            spent[request.client] += time.process_time() - begun
-            sent[request.client] += message_bytes(request.tensors, request_head(request))
-            sent[request.client] += message_bytes(reply.tensors, reply_head(reply))
-            yield reply
+        gone = names[:lost]
+        return everyone(
+            [each for each in requests if each.op not in ("train", "secure_sum") or each.client not in gone]
+        )
 
     begun = time.perf_counter()
     # The weights that go down are as many bytes with or without: they are left out.
