@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,10 +145,18 @@ def peft_method(method: str, **config: Any) -> Trainable:
             except (ValueError, TypeError, NotImplementedError, ImportError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
-    def base(model: Any) -> AbstractContextManager[Any]:
-        return model.disable_adapter()
+    return Trainable(method.lower(), attach, without_adapter, lambda model: merge(method, model), adapter=True)
 
-    return Trainable(method.lower(), attach, base, lambda model: merge(method, model), adapter=True)
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Let the model answer as its base does; what is trained stays so, and what is frozen too."""
+    learned = trained(model).keys()
+    with model.disable_adapter():
+        yield
+    # peft makes all of an adapter trainable when it puts it back.
+    for name, value in model.named_parameters():
+        value.requires_grad_(name in learned)
 
 
 def with_targets(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
