@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,13 +136,15 @@ def peft_method(method: str, **config: Any) -> Trainable:
         from peft import get_peft_model
 
         aimed = "target_modules" in known and method not in OWN_TARGETS
-        settings = with_targets(config, model) if aimed else config
+        settings = configured(method, kinds[method], with_targets(config, model) if aimed else config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
-            # peft checks little beforehand: a setting that it lacks shows as a TypeError in its own code.
+            # peft has no error of its own: which of Python's it is tells what was wrong.
             try:
-                return get_peft_model(model, kinds[method](**settings))
-            except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+                return get_peft_model(model, settings)
+            except TypeError as error:
+                raise FedllmError(unsettled(method, error)) from error
+            except (ValueError, NotImplementedError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
     return Trainable(method.lower(), attach, without_adapter, lambda model: merge(method, model), adapter=True)
@@ -152,11 +154,34 @@ def peft_method(method: str, **config: Any) -> Trainable:
 def without_adapter(model: Any) -> Iterator[None]:
     """Let the model answer as its base does; what is trained stays so, and what is frozen too."""
     learned = trained(model).keys()
-    with model.disable_adapter():
-        yield
-    # peft makes all of an adapter trainable when it puts it back.
-    for name, value in model.named_parameters():
-        value.requires_grad_(name in learned)
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        # peft makes all of an adapter trainable when it puts it back.
+        for name, value in model.named_parameters():
+            value.requires_grad_(name in learned)
+
+
+def configured(method: str, kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    """Return a method's settings as peft takes them, or say in one sentence why it does not."""
+    try:
+        return kind(**settings)
+    except ImportError as error:
+        why = first_sentence(error)
+        raise FedllmError(
+            f"peft's {method} needs a package that is not installed ({why}); install it or use 'lora'."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise FedllmError(unsettled(method, error)) from error
+
+
+def unsettled(method: str, error: Exception) -> str:
+    """Say in one sentence that a method's settings do not go together, or are of the wrong type."""
+    return (
+        f"peft's {method} cannot take the settings of trainable ({first_sentence(error)}); one is missing, of the "
+        "wrong type or does not go with another: see its config class in peft's documentation."
+    )
 
 
 def with_targets(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -178,12 +203,9 @@ def linear_suffixes(model: nn.Module) -> set[str]:
 
 def misfit(method: str, model: nn.Module, error: Exception) -> str:
     """Say in one sentence that a method does not fit a model."""
-    first = first_sentence(error)
-    if isinstance(error, ImportError):
-        return f"peft's {method} needs a package that is not installed ({first}); install it or use 'lora'."
     return (
-        f"peft's {method} does not fit {type(model).__name__} ({first}); set trainable.target_modules to some of: "
-        f"{', '.join(sorted(linear_suffixes(model)))}."
+        f"peft's {method} does not fit {type(model).__name__} ({first_sentence(error)}); set "
+        f"trainable.target_modules to some of: {', '.join(sorted(linear_suffixes(model)))}."
     )
 
 
@@ -192,6 +214,7 @@ def merge(method: str, model: Any) -> nn.Module:
     remedy = "use the run's adapter folder instead"
     if not hasattr(model, "merge_and_unload"):
         raise FedllmError(f"A {method} adapter has no weights to merge into; {remedy}.")
+    # Only by trying does peft tell which methods, and which layers, have no place in the weights.
     try:
         return model.merge_and_unload()
     except (NotImplementedError, ValueError) as error:

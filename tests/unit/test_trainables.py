@@ -243,7 +243,6 @@ def test_target_modules_that_the_model_does_not_have_are_answered_with_those_it_
         ("C3A", {}),
         ("SHIRA", {}),
         ("ROAD", {}),
-        ("ADAPTION_PROMPT", {}),
         ("LORA", {"r": 0}),
     ],
 )
@@ -251,6 +250,25 @@ def test_settings_that_do_not_fit_the_model_give_one_sentence(name, config):
     with pytest.raises(FedllmError, match=f"peft's {name} does not fit LlamaForCausalLM") as caught:
         attach(peft_method(name, **config))
     assert "\n" not in str(caught.value) and "base_layer" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("ADAPTION_PROMPT", {}), ("LORA", {"r": "many"}), ("LORA", {"layers_to_transform": [0], "target_modules": "q.*"})],
+    ids=["missing", "of the wrong type", "not together"],
+)
+def test_settings_that_are_no_settings_give_one_sentence(name, config):
+    with pytest.raises(FedllmError, match=f"peft's {name} cannot take the settings of trainable") as caught:
+        attach(peft_method(name, **config))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_goes_wrong_without_the_adapter_leaves_what_is_trained_as_it_was():
+    model = attach(ffa_lora(4))
+    learned = trained(model).keys()
+    with pytest.raises(KeyboardInterrupt), ffa_lora(4).base(model):
+        raise KeyboardInterrupt
+    assert trained(model).keys() == learned and not any(".lora_A." in name for name in learned)
 
 
 def test_a_method_that_needs_another_package_says_which(monkeypatch):
