@@ -17,10 +17,10 @@ from fedllm.silo.models import weights_sha256
 WORKER = [sys.executable, "-m", "fedllm.app.worker"]
 
 
-def make_site(folder: Path, name: str, data: str, model: str, policy: str = "") -> Path:
-    """Write a site's folder."""
+def make_site(folder: Path, name: str, data: str, model: str, policy: str = "", own: str = "") -> Path:
+    """Write a site's folder; `own` says what the site's model is, where that is not what the recipe names."""
     folder.mkdir(parents=True)
-    text = f'name = "{name}"\nthreads = 1\n[data]\n{data}\n[models]\n"{model}" = {{}}\n[policy]\n{policy}\n'
+    text = f'name = "{name}"\nthreads = 1\n[data]\n{data}\n[models]\n"{model}" = {{{own}}}\n[policy]\n{policy}\n'
     (folder / "site.toml").write_text(text)
     return folder / "site.toml"
 
