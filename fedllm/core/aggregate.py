@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.tensors import pieces, whole_again
-from fedllm.core.types import Aggregator, Facts, Tensors
+from fedllm.core.types import Aggregator, Aside, Facts, Tensors
 
 HELD = 8 << 20
 """Bytes of updates that wait to be added in one pass over the sums, which training has driven out of the cache."""
@@ -57,7 +57,7 @@ def add_exactly(high: Tensor, low: Tensor, value: Tensor, weight: float, spare: 
 def add_waiting(total: Total) -> None:
     """Add the updates that wait to the sums, and let them go."""
     high, low, spare = total.high, total.low, total.spare
-    cut = zip(*(pieces([update[name] for name in total.like]) for update, _ in total.waiting), strict=True)
+    cut = zip(*(pieces(map(update.__getitem__, total.like)) for update, _ in total.waiting), strict=True)
     for place, row in enumerate(cut):
         for piece, (_, share) in zip(row, total.waiting, strict=True):
             size = piece.numel()
@@ -85,7 +85,8 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         if not (math.isfinite(share) and share > 0):
             raise ValueError(f"a weight must be finite and positive, not {share}")
         total.waiting.append((update, share))
-        if sum(value.nbytes for value in update.values()) * len(total.waiting) >= HELD:
+        # What lies outside of memory would wait in it.
+        if isinstance(update, Aside) or sum(value.nbytes for value in update.values()) * len(total.waiting) >= HELD:
             add_waiting(total)
         return total._replace(weight=total.weight + Fraction(share))
 
@@ -95,6 +96,11 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
         averages = (high.add(low).div_(whole) for high, low in zip(total.high, total.low, strict=True))
         return whole_again(averages, total.like)
 
+    def again(total: Total) -> Total:
+        for word in (*total.high, *total.low):
+            word.zero_()
+        return total._replace(weight=Fraction(0), waiting=[])
+
     def claim(facts: Facts) -> Facts:
         if facts.sees == "groups":
             raise FedllmError(
@@ -103,4 +109,4 @@ def mean(weights: Literal["examples", "uniform"] = "examples") -> Aggregator:
             )
         return facts._replace(even=weights == "uniform")
 
-    return Aggregator(f"mean by {weights}", zero, add, done, claim)
+    return Aggregator(f"mean by {weights}", zero, add, done, claim, again)

@@ -1,7 +1,8 @@
 """How a round ends whose replies lie outside of memory: one tensor of all is summed and applied, then the next.
 
 A sum of all tensors is four times the model, and a step makes another model and what the optimiser remembers of it.
-Here there is one tensor of each at a time. To the bit it comes to the same.
+Here there is one tensor of each at a time, and of a sum, where a tensor can be read in parts, as much as stays in the
+cache. To the bit it comes to the same.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fedllm.core.room import room_for
 from fedllm.core.types import Aggregator, Aside, Reply, ServerOptimizer, State, Tensors, on_meta
+
+PART = 1 << 16
+"""Values that are summed or applied at a time: a sum and what it needs beside it are 40 bytes for each."""
 
 
 def those_aside_last(replies: Iterator[Reply], usable: Callable[[Reply], bool]) -> Iterator[Reply]:
@@ -50,15 +56,55 @@ def patient(aggregate: Aggregator) -> Aggregator:
         return total
 
     def done(total: Sum) -> Tensors:
-        def read(name: str) -> Tensor:
-            one = aggregate.zero({name: total.like[name]})
-            for update, weight in total.waiting:
-                one = aggregate.add(one, {name: update[name]}, weight)
-            return aggregate.done(one)[name]
+        if total.added:
+            return aggregate.done(total.added[0])
+        waiting = total.waiting
+        # The tensors themselves would be kept alive here while a step replaces them.
+        empty = {name: value.new_zeros(()) for name, value in total.like.items()}
 
-        return aggregate.done(total.added[0]) if total.added else Aside(total.waiting[0][0].like, read)
+        # Memory of sums of whole parts, which are many, is used again.
+        used = dict[torch.dtype, Any]()
+
+        def summed(name: str, start: int, stop: int) -> Tensor:
+            kind, usual = empty[name].expand(stop - start), stop - start == PART
+            one = used.pop(kind.dtype, None) if usual else None
+            if one is None:
+                one = aggregate.zero({"": kind})
+            for update, weight in waiting:
+                one = aggregate.add(one, part_of(update, name, start, stop), weight)
+            mean = aggregate.done(one)[""]
+            if aggregate.again and usual:
+                used[kind.dtype] = aggregate.again(one)
+            return mean
+
+        def read(name: str) -> Tensor:
+            mean = room_for(waiting[0][0].like[name], empty[name].device)
+            whole = mean.numel()
+            for start, stop in parts(whole, PART if all(update.cut for update, _ in waiting) else whole):
+                mean.view(-1)[start:stop].copy_(summed(name, start, stop))
+            return mean
+
+        return Aside(waiting[0][0].like, read)
 
     return aggregate._replace(zero=lambda like: Sum(like, [], []), add=add, done=done)
+
+
+def parts(whole: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield from where to where each part of so many values goes; nothing is one part too.
+
+    >>> list(parts(7, 3)), list(parts(0, 3))
+    ([(0, 3), (3, 6), (6, 7)], [(0, 0)])
+    """
+    return ((start, min(start + size, whole)) for start in range(0, whole or 1, size or 1))
+
+
+def part_of(update: Aside, name: str, start: int, stop: int) -> Aside:
+    """Return the values from one place of a tensor to another, flat, which stay outside of memory."""
+
+    def read(_: str) -> Tensor:
+        return update.cut(name, start, stop) if update.cut else update[name].flatten()[start:stop]
+
+    return Aside({"": torch.empty(stop - start, dtype=update.like[name].dtype, device="meta")}, read)
 
 
 def step(
@@ -75,10 +121,26 @@ def step(
     assert isinstance(params, dict) and isinstance(kept, dict)
     # What an optimiser remembers of no tensor in particular, such as how many steps it took, is the same for all.
     common = {key: kept[key] for key in optimiser.init({})}
+    counted = common
     for name in mean:
-        start = {name: params[name]}
-        own = {key: kept[key] for key in optimiser.init(on_meta(start))} | common
-        moved, remembered = optimiser.step(start, finish({name: mean[name]}), own)
-        params.update(moved)
-        kept.update(remembered)
+        change = finish({name: mean[name]})[name]
+        own = [key for key in optimiser.init(on_meta({name: params[name]})) if key not in common]
+        param, memory = room_for(params[name]), {key: room_for(kept[key]) for key in own}
+        # The last values of a vector are rounded otherwise in shorter floats.
+        for start, stop in parts(change.numel(), PART if change.dtype == torch.float32 else change.numel()):
+            begun = {name: cut(params[name], start, stop)}
+            held = {key: cut(kept[key], start, stop) for key in own} | common
+            moved, remembered = optimiser.step(begun, {name: cut(change, start, stop)}, held)
+            cut(param, start, stop).copy_(moved[name])
+            for key in own:
+                cut(memory[key], start, stop).copy_(remembered[key])
+            counted = {key: remembered[key] for key in common}
+        params[name] = param
+        kept.update(memory)
+    kept.update(counted)
     return params, kept
+
+
+def cut(value: Tensor, start: int, stop: int) -> Tensor:
+    """Return the values from one place of a tensor to another, flat."""
+    return value.flatten()[start:stop]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError
+from fedllm.core.room import room_for
 from fedllm.core.schedule import Schedule, Shape, factor, require_schedule
 from fedllm.core.tensors import below, under
 from fedllm.core.types import ServerOptimizer, Tensors
@@ -32,7 +33,7 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptimize
     """FedAvgM (Hsu et al. 2019, arXiv:1909.06335): m = momentum * m + mean; params -= learning_rate * m."""
 
     def init(params: Tensors) -> Tensors:
-        return {name: torch.zeros_like(value) for name, value in params.items()}
+        return {name: room_for(value).zero_() for name, value in params.items()}
 
     def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
         speed = {name: momentum * state[name] + value for name, value in mean.items()}
@@ -85,7 +86,7 @@ def nesterov(
     require_schedule("optimiser", over, rounds)
 
     def init(params: Tensors) -> Tensors:
-        moments = {name: torch.zeros_like(value) for name, value in params.items()}
+        moments = {name: room_for(value).zero_() for name, value in params.items()}
         return {**under("momentum", moments), "step": torch.zeros((), dtype=torch.int64)}
 
     def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
@@ -110,8 +111,8 @@ def adaptive(
     """Build the common part: m = beta1 m + (1 - beta1) g; params -= learning_rate * m / (sqrt(v) + tau)."""
 
     def init(params: Tensors) -> Tensors:
-        m = {key: torch.zeros_like(value) for key, value in params.items()}
-        v = {key: torch.full_like(value, tau**2) for key, value in params.items()}
+        m = {key: room_for(value).zero_() for key, value in params.items()}
+        v = {key: room_for(value).fill_(tau**2) for key, value in params.items()}
         return {**under("m", m), **under("v", v)}
 
     def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:

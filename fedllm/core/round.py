@@ -6,17 +6,18 @@ select - share -> [ exchange: client work - encode... ] - ...decode - aggregate 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from fedllm.core.by_tensor import patient, step, those_aside_last
+from fedllm.core import by_tensor
+from fedllm.core.by_tensor import parts, patient, step, those_aside_last
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedavg
 from fedllm.core.seeds import derive
-from fedllm.core.tensors import below, require_like, require_shapes, under
+from fedllm.core.tensors import below, quick_norm, require_like, require_shapes, under
 from fedllm.core.types import (
     Aggregator,
     Algorithm,
@@ -265,11 +266,16 @@ def decode_all(sent: Tensors, transforms: Sequence[Transform], stages: Sequence[
     """Return the update that was sent, or raise `Refused`."""
     require_like(sent, stages[-1])
     # Sums over all tensors need one order, to the last bit; a wire has its own.
-    update: Tensors = {name: sent[name] for name in stages[-1]}
-    for transform, like in zip(reversed(transforms), reversed(stages[:-1]), strict=True):
-        update = transform.decode(update, like)
+    update = undone({name: sent[name] for name in stages[-1]}, transforms, stages)
     if transforms:
         require_like(update, stages[0])
+    return update
+
+
+def undone(update: Tensors, transforms: Sequence[Transform], stages: Sequence[Tensors]) -> Tensors:
+    """Return what was sent without the transforms."""
+    for transform, like in zip(reversed(transforms), reversed(stages[:-1]), strict=True):
+        update = transform.decode(update, like)
     return update
 
 
@@ -281,9 +287,20 @@ def decoded_aside(sent: Aside, reply: Reply, transforms: Sequence[Transform], st
         own = stages_alone(tuple(transforms), name, stages[0][name].shape, stages[0][name].dtype)
         return decode_all({each: sent[each] for each in own[-1]}, transforms, own)[name]
 
-    def read_again(name: str) -> Tensor:
+    def part(name: str, start: int, stop: int) -> Tensor:
+        assert sent.cut is not None
+        own = stages_alone(tuple(transforms), name, torch.Size([stop - start]), stages[0][name].dtype)
+        return undone({each: sent.cut(each, start, stop) for each in own[-1]}, transforms, own)[name]
+
+    def cut(name: str, start: int, stop: int) -> Tensor:
+        value = part(name, start, stop)
+        if not quick_norm(value).isfinite():
+            require_like({name: value}, {name: value})
+        return value
+
+    def again(read: Callable[..., Tensor], *where: str | int) -> Tensor:
         try:
-            return read(name)
+            return read(*where)
         except Refused as problem:
             # Other tensors of it may be in the parameters by now.
             raise FedllmError(
@@ -291,9 +308,14 @@ def decoded_aside(sent: Aside, reply: Reply, transforms: Sequence[Transform], st
                 f"was ({problem}); see that the disk it waits on is sound, then resume the run."
             ) from problem
 
-    for name in stages[0]:
+    in_parts = sent.cut and all(transform.by_value for transform in transforms)
+    for name, like in stages[0].items():
+        if in_parts and like.is_floating_point():
+            norms = [quick_norm(part(name, *where)) for where in parts(like.numel(), by_tensor.PART)]
+            if bool(torch.linalg.vector_norm(torch.stack(norms).float()).isfinite()):
+                continue
         read(name)
-    return Aside(stages[0], read_again)
+    return Aside(stages[0], partial(again, read), partial(again, cut) if in_parts else None)
 
 
 def in_round(transform: Transform, number: int, memory: Tensors) -> Transform:

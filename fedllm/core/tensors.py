@@ -21,10 +21,14 @@ def pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     [11, 262144, 1]
     """
     small, count = list[Tensor](), 0
+
+    def together() -> Tensor:
+        return torch.cat(small) if len(small) > 1 else small[0]
+
     for tensor in tensors:
         flat = tensor.flatten()
         if count + flat.numel() > CHUNK and small:
-            yield torch.cat(small)
+            yield together()
             small, count = [], 0
         if flat.numel() > CHUNK:
             yield from torch.split(flat, CHUNK)
@@ -32,7 +36,7 @@ def pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
             small.append(flat)
             count += flat.numel()
     if small:
-        yield torch.cat(small)
+        yield together()
 
 
 def whole_again(cut: Iterable[Tensor], like: Tensors) -> dict[str, Tensor]:
@@ -73,6 +77,12 @@ def own_norm(value: Tensor) -> Tensor:
     wide = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
     norm: Tensor = torch.linalg.vector_norm(value, dtype=wide)
     return norm if wide == torch.float32 else norm.float()
+
+
+def quick_norm(value: Tensor) -> Tensor:
+    """Return the L2 norm of one tensor in its own dtype, several times faster than `own_norm`."""
+    norm: Tensor = torch._foreach_norm([value])[0]
+    return norm
 
 
 def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

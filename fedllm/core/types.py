@@ -33,11 +33,14 @@ class Aside(Mapping[str, Tensor]):
     """Tensors that lie outside of memory, such as in a file: each is read anew whenever it is asked for.
 
     `like` has their names, shapes and dtypes without the numbers. `read` raises `Refused` where what lies there cannot
-    be read, or is not what it was.
+    be read, or is not what it was. `cut` reads the values from one place of a flat tensor to another, if they can be
+    read without the rest of it.
     """
 
-    def __init__(self, like: Tensors, read: Callable[[str], Tensor]) -> None:
-        self.like, self._read = like, read
+    def __init__(
+        self, like: Tensors, read: Callable[[str], Tensor], cut: Callable[[str, int, int], Tensor] | None = None
+    ) -> None:
+        self.like, self._read, self.cut = like, read, cut
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.like:
@@ -195,6 +198,8 @@ class Transform(NamedTuple):
     """Whether `decode` of a mean of what travels is the mean of what `decode` makes of each."""
     apart: bool = False
     """Whether a tensor alone is encoded, decoded and finished as it is among others."""
+    by_value: bool = False
+    """Whether, of a tensor that travels under its name and in its shape, also a value alone is decoded so."""
 
 
 def nothing_lost(number: int, client: str) -> str | None:
@@ -232,6 +237,8 @@ class Aggregator(NamedTuple):
     add: Callable[[Any, Tensors, float], Any]
     done: Callable[[Any], Tensors]
     claim: Claim = unchanged
+    again: Callable[[Any], Any] | None = None
+    """From a total that is done with to one of nothing, for the same names and shapes, in the memory of it."""
 
 
 class Probe(NamedTuple):
@@ -247,7 +254,9 @@ class Probe(NamedTuple):
 class ServerOptimizer(NamedTuple):
     """Applies the aggregate as a pseudo-gradient (start - end): `step(params, mean, state)`.
 
-    Law: one tensor after the other, each with its part of the state as `init` names it, comes to the same.
+    Law: one tensor after the other, or of float32 one part of a flat tensor after the other, each with its part of the
+    state as `init` names it, comes to the same. What `init` makes of no tensor at all belongs to the step; the rest has
+    the shape of its tensor.
     """
 
     name: str

@@ -20,4 +20,4 @@ def cast(dtype: Literal["bfloat16", "float16"] = "bfloat16") -> Transform:
     def decode(wire: Tensors, like: Tensors) -> dict[str, Tensor]:
         return {name: value.to(like[name].dtype) for name, value in wire.items()}
 
-    return Transform(f"cast to {dtype}", encode, decode, apart=True)
+    return Transform(f"cast to {dtype}", encode, decode, apart=True, by_value=True)

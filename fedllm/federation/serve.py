@@ -15,7 +15,7 @@ from fedllm.federation.members import of
 MODULE = "nvflare.private.fed.app.server.server_train"
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-"""Lets the C library give back large tensors: otherwise up to three more models lie about (benchmarks.server_memory).
+"""Lets the C library give back large blocks that come and go: otherwise more lie about (benchmarks.server_memory).
 
 The pieces of a transfer are smaller and their memory is used again: to give each of them back halves the speed.
 """

@@ -68,17 +68,24 @@ def open_message(path: Path) -> tuple[Aside, dict[str, Any]]:
             known = mark(file)
             like, places, head = listed(path, file)
 
-        def read(name: str) -> Tensor:
+        def read_at(place: int, kind: Tensor) -> Tensor:
             try:
                 with refusing():
                     if mark(file) != known:
                         raise Refused("its file was changed after it came")
-                    file.seek(places[name])
-                    return read_tensor(file, like[name])
+                    file.seek(place)
+                    return read_tensor(file, kind)
             except OSError as error:
                 raise Refused(f"its file cannot be read any more ({error.strerror})") from error
 
-        tensors = Aside(like, read)
+        def read(name: str) -> Tensor:
+            return read_at(places[name], like[name])
+
+        def cut(name: str, start: int, stop: int) -> Tensor:
+            part = torch.empty(stop - start, dtype=like[name].dtype, device="meta")
+            return read_at(places[name] + start * part.itemsize, part)
+
+        tensors = Aside(like, read, cut)
         weakref.finalize(tensors, until_known.pop_all().close)
     return tensors, head
 

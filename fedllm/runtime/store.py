@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedllm.core.errors import FedllmError
+from fedllm.core.room import room_for
 from fedllm.core.tensors import below, under
 from fedllm.core.types import State, Tensors
 
@@ -89,7 +90,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 metadata = file.metadata()
                 # Copies, since tensors that lie in a file are aligned otherwise, and sums then differ.
                 names = json.loads(metadata["names"])
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in names}
+                tensors: dict[str, Tensor] = {name: copied(file.get_tensor(name)) for name in names}
         except (SafetensorError, OSError) as error:
             raise FedllmError(
                 f"The checkpoint '{path}' cannot be read ({error}); delete it to go on from the one before."
@@ -104,6 +105,11 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         memory: dict[str, Tensors] = {name: below(f"memory.{number}", tensors) for number, name in enumerate(silos)}
         return Checkpoint(state, memory)
     return None
+
+
+def copied(value: Tensor) -> Tensor:
+    """Return a copy in memory of its own."""
+    return room_for(value).copy_(value)
 
 
 def require_same(folder: Path, kept: State, fresh: State) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.core import aggregate
+from fedllm.core import aggregate, by_tensor
 from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi, nesterov
@@ -78,10 +78,17 @@ def copied(state):
     st.lists(st.sampled_from([1.0, 7.0, 12_345.0, 1e6]), min_size=3, max_size=3),
     st.sets(st.sampled_from(NAMES), max_size=2),
     st.permutations(range(3)),
+    st.sampled_from([3, 16, by_tensor.PART]),
 )
 def test_it_is_to_the_bit_what_a_fold_of_replies_in_memory_gives(
-    shapes, dtypes, transforms, optimiser, weights, dropped, order
+    shapes, dtypes, transforms, optimiser, weights, dropped, order, part
 ):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_tensor, "PART", part)
+        to_the_bit(shapes, dtypes, transforms, optimiser, weights, dropped, order)
+
+
+def to_the_bit(shapes, dtypes, transforms, optimiser, weights, dropped, order):
     algorithm = algorithm_of(transforms, optimiser)
     states = [algorithm.init(tensors(shapes, dtypes, 0)) for _ in range(2)]
     with tempfile.TemporaryDirectory() as folder:
@@ -248,6 +255,46 @@ def test_each_tensor_is_let_go_before_the_next(monkeypatch):
     assert max(most) <= 1 and len(most) == 3 * 3 * len(like)
     # The caller still has the state that it gave: it is used up.
     assert len(old) == 0 and state.params is after.params
+
+
+def test_a_sum_needs_the_memory_of_a_part_of_a_tensor(monkeypatch):
+    """Whatever the tensor's size: nothing is read whole, and a sum is begun no more than once for parts of one size."""
+    monkeypatch.setattr(by_tensor, "PART", 4)
+    rule, begun, read = mean(), [], []
+    like = {"x": torch.zeros(5, 4), "y": torch.zeros(6)}
+
+    def zero(kind):
+        begun.append([value.numel() for value in kind.values()])
+        return rule.zero(kind)
+
+    def cut(name, start, stop):
+        read.append(stop - start)
+        return torch.arange(start, stop).float()
+
+    def whole(name):
+        raise AssertionError("it was read whole")
+
+    algorithm = algorithm_of(aggregate=rule._replace(zero=zero), transforms=[cast()])
+    short = {name: value.bfloat16() for name, value in like.items()}
+    lying = Aside(on_meta(short), whole, lambda *where: cut(*where).bfloat16())
+    after, _ = algorithm.server(algorithm.init(like), scripted([three()[0]._replace(tensors=lying)]))
+    assert begun == [[4], [2]] and max(read) == 4
+    assert {name: (-value).flatten().tolist() for name, value in after.params.items()} == {
+        "x": list(range(20)),
+        "y": list(range(6)),
+    }
+
+
+def test_values_whose_norm_is_too_large_are_refused_in_parts_as_in_whole(monkeypatch):
+    monkeypatch.setattr(by_tensor, "PART", 4)
+    values = {"x": torch.full((64,), 5e18)}
+    lying = Aside(on_meta(values), values.__getitem__, lambda name, *where: values[name][slice(*where)])
+    algorithm = algorithm_of()
+    start = algorithm.init({"x": torch.zeros(64)})
+    for tensors in (values, lying):
+        replies = [Reply("a", 0, tensors, 1.0), Reply("b", 0, {"x": torch.ones(64)}, 1.0)]
+        _, report = algorithm.server(copied(start), scripted(replies))
+        assert "too large to add up" in report["dropped.a"]
 
 
 def test_a_files_name_may_go_and_the_file_is_closed_with_its_tensors(tmp_path):

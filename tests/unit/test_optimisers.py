@@ -196,3 +196,21 @@ def test_nesterovs_defaults_follow_from_the_runs_length():
 
 def test_a_short_runs_default_is_plain_averaging():
     assert two_steps(nesterov(rounds=4), 2.0, 4.0) == two_steps(fedavg(), 2.0, 4.0)
+
+
+@pytest.mark.parametrize("optimiser", EVERY, ids=lambda optimiser: optimiser.name)
+def test_one_part_after_the_other_comes_to_the_same_bits(optimiser):
+    draw = torch.Generator().manual_seed(0)
+    params, change = ({"x": torch.randn(203, generator=draw)} for _ in range(2))
+    memory = optimiser.init(params)
+    for _ in range(2):
+        moved, after = optimiser.step(params, change, memory)
+        for start in range(0, 203, 7):
+            part = slice(start, start + 7)
+            held = {key: value[part] if value.dim() else value for key, value in memory.items()}
+            own, kept = optimiser.step({"x": params["x"][part]}, {"x": change["x"][part]}, held)
+            assert torch.equal(own["x"], moved["x"][part])
+            assert all(
+                torch.equal(value, after[key][part] if value.dim() else after[key]) for key, value in kept.items()
+            )
+        params, memory = moved, after
