@@ -6,7 +6,8 @@ size fits into, since it asks for aligned memory; they came to three more models
 
 from __future__ import annotations
 
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -24,5 +25,6 @@ def room_for(like: Tensor, device: torch.device | str | None = None) -> Tensor:
     place = torch.device(device or like.device)
     if like.nbytes < LEAST or place.type != "cpu":
         return torch.empty(like.shape, dtype=like.dtype, device=place)
-    memory = mmap(-1, like.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    own = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    memory = mmap.mmap(-1, like.nbytes, **own)
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
