@@ -20,15 +20,19 @@ PART = 1 << 16
 """Values that are summed or applied at a time: a sum and what it needs beside it are 40 bytes for each."""
 
 
-def those_aside_last(replies: Iterator[Reply], usable: Callable[[Reply], bool]) -> Iterator[Reply]:
-    """Yield replies as they come, and at the end those outside of memory that were `usable` when they came."""
-    aside = list[Reply]()
+def those_aside_last(
+    replies: Iterator[Reply], taken: Callable[[Reply], Tensors | None]
+) -> Iterator[tuple[Reply, Tensors]]:
+    """Yield the replies that are `taken`, with their updates, as they come, and those outside of memory at the end."""
+    aside = list[tuple[Reply, Tensors]]()
     for reply in replies:
-        if isinstance(reply.tensors, Aside) and usable(reply):
-            aside.append(reply)
-        else:
-            yield reply
-        del reply
+        update = taken(reply)
+        if isinstance(update, Aside):
+            aside.append((reply, update))
+        elif update is not None:
+            yield reply, update
+        # The next reply is on its way: of two large ones only one should be in memory.
+        del reply, update
     yield from aside
 
 

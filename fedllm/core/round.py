@@ -99,25 +99,22 @@ def averaging(
         waiting, weight, report, heard = set(asked), 0.0, dict[str, float | str](), False
         unsummed: Mapping[str, str] = {}
 
-        def usable(reply: Reply) -> bool:
-            try:
-                accept(reply, state.round, waiting, now, stages)
-            except Refused:
-                return False
-            return True
-
-        replies = exchange(requests) if requests else iter(())
-        for reply in those_aside_last(replies, usable) if apart(now) else replies:
-            heard = True
-            members, unsummed = set(reply.of) or {reply.client}, {**unsummed, **reply.lost}
+        def taken(reply: Reply) -> Tensors | None:
+            nonlocal heard, unsummed, waiting
+            heard, unsummed = True, {**unsummed, **reply.lost}
             if reply.lost and not reply.of:
-                continue
+                return None
+            members = set(reply.of) or {reply.client}
             try:
                 update = accept(reply, state.round, waiting, now, stages)
             except Refused as problem:
-                report |= {f"dropped.{name}": str(problem) for name in members}
-                continue
+                report.update({f"dropped.{name}": str(problem) for name in members})
+                return None
             waiting -= members
+            return update
+
+        replies = exchange(requests) if requests else iter(())
+        for reply, update in those_aside_last(replies, taken):
             total = fold.add(total, update, reply.weight)
             looks = [probe.add(look, update, reply.weight) for probe, look in zip(probes, looks, strict=True)]
             weight += reply.weight
