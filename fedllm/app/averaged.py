@@ -12,9 +12,9 @@ from fedllm.app.secure import secure_part
 from fedllm.app.without import by_record
 from fedllm.app.work import stays_text
 from fedllm.core.noise import key_of
-from fedllm.core.round import averaging
+from fedllm.core.round import averaging, parts_of
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Middleware, Select, Share, Tensors, Transform, Work
+from fedllm.core.types import Algorithm, Middleware, Select, Share, Tensors, Transform, Work, on_meta
 from fedllm.exchange.availability import Presence, availability
 from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
@@ -47,7 +47,9 @@ def averaged(
     transforms = privacy.transforms(recipe, silos, secret)
     # What a probe tells has no noise on it, and behind a sum there is nothing to look at.
     factors = not (privacy.is_private(recipe) or privacy.adds_up(recipe)) and any(
-        ".lora_A." in name and value.dim() == 2 for name, value in params.items()
+        ".lora_A." in name and value.dim() == 2
+        for part in parts_of(share, on_meta(params))
+        for name, value in part.items()
     )
     middleware = [*summing(recipe, work, share, transforms, params, silos, secret, key), *by_record(recipe)]
     if there:

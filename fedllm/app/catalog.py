@@ -37,6 +37,7 @@ from fedllm.exchange import (
     fragments,
     local_dp,
     median,
+    product,
     quantise,
     random_k,
     select,
@@ -81,6 +82,7 @@ CATALOG: dict[str, dict[str, Callable[..., Any]]] = {
         "fragments": fragments.fragments,
         "deltas": deltas.deltas,
         "scored_layers": scored_layers.scored_layers,
+        "product": product.product,
     },
     "aggregate": {"mean": aggregate.mean, "median": median.median, "trimmed_mean": trimmed_mean.trimmed_mean},
     "optimiser": {

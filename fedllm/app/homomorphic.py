@@ -75,15 +75,15 @@ def key_from(variable: str) -> bytes:
     return bytes.fromhex(said)
 
 
-def homomorphic_lines(recipe: Recipe, params: Tensors, sent: int, away: bool) -> Iterator[str]:
-    """Say what a recipe's homomorphic sum hides from whom; `params` are trained, `sent` bytes go up."""
+def homomorphic_lines(recipe: Recipe, update: Tensors, sent: int, away: bool) -> Iterator[str]:
+    """Say what a recipe's homomorphic sum hides from whom, of such an `update`; `sent` bytes go up."""
     if recipe.homomorphic is None:
         return
-    names = hidden(settings_of(recipe), params)
-    inside, plain = sum(params[name].numel() for name in names), size(params.values())
+    names = hidden(settings_of(recipe), update)
+    inside, plain = sum(update[name].numel() for name in names), size(update.values())
     yield (
-        f"homomorphic  {len(names)} of {len(params)} tensors are encrypted ({inside:,} of "
-        f"{sum(value.numel() for value in params.values()):,} values): {amount(sent)} up in place of {amount(plain)}; "
+        f"homomorphic  {len(names)} of {len(update)} tensors are encrypted ({inside:,} of "
+        f"{sum(value.numel() for value in update.values()):,} values): {amount(sent)} up in place of {amount(plain)}; "
         f"{OPENERS} silos open each sum"
     )
     whose = f"the sites' own, in {recipe.homomorphic.key}" if away else "made by this run, for all its silos"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from fedllm.algorithms.duplicates import STEPS
 from fedllm.app.build import Parts, counts, longest, row_tokens
+from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
 from fedllm.app.homomorphic import homomorphic_lines
 from fedllm.app.privacy import (
@@ -23,7 +24,8 @@ from fedllm.app.privacy import (
 from fedllm.app.secure import secure_lines
 from fedllm.app.terminal import amount, many
 from fedllm.core.plan import size
-from fedllm.core.types import Facts, on_meta
+from fedllm.core.round import largest, parts_of
+from fedllm.core.types import Facts, Share, Tensors, on_meta
 from fedllm.exchange.availability import told
 from fedllm.exchange.ledger import spent
 
@@ -100,7 +102,7 @@ def plan_lines(parts: Parts) -> Iterator[str]:
         yield f"{'' if place else 'available':<13}{silo}"
     yield f"memory       about {amount(memory(parts))} ({memory_note(parts)})"
     yield from secure_lines(recipe, len(names))
-    yield from homomorphic_lines(recipe, parts.params, plan.bytes_up, away(parts))
+    yield from homomorphic_lines(recipe, whole_update(parts), plan.bytes_up, away(parts))
     yield from privacy_lines(parts)
 
 
@@ -149,19 +151,33 @@ def memory(parts: Parts) -> int:
 def server(parts: Parts) -> int:
     """Return what the server holds: the first and the present parameters, optimiser state, the sum and an update."""
     like, recipe = on_meta(parts.params), parts.recipe
-    part = sum(value.numel() for value in parts.algorithm.down(like).values())
+    come = parts.algorithm.down(like) if parts.method else largest(updates(parts))
+    part = sum(value.numel() for value in come.values())
     state = parts.algorithm.init(like)
     sums = recipe.secure.groups if recipe.secure else 1
     held = MEAN_BYTES
     if recipe.aggregate["name"] != "mean":
         held = 4 * (sums if recipe.secure else min(len(parts.silos.names), len(parts.select(0))))
-    return 2 * size(like.values()) + size(state.optimiser.values()) + part * (held + 4 * sums)
+    # What comes back in another form than the parameters have is also stepped from in that form.
+    other = size(value for name, value in come.items() if name not in like)
+    return 2 * size(like.values()) + other + size(state.optimiser.values()) + part * (held + 4 * sums)
+
+
+def updates(parts: Parts) -> list[Tensors]:
+    """Return what a silo's update is in each round until the parts of it come round again, without the numbers."""
+    share: Share = make("share", parts.recipe.share, rounds=parts.recipe.rounds)
+    return list(parts_of(share, on_meta(parts.params)))
+
+
+def whole_update(parts: Parts) -> Tensors:
+    """Return all of an update that travels in one round or another."""
+    return {name: value for part in updates(parts) for name, value in part.items()}
 
 
 def remembered(parts: Parts) -> int:
     """Return what a silo remembers between rounds: its optimiser's moments, weights of its own, codecs' errors."""
-    recipe, stage = parts.recipe, on_meta(parts.params)
-    whole = size(stage.values())
+    recipe, stage = parts.recipe, whole_update(parts)
+    whole = size(on_meta(parts.params).values())
     kept = (
         2 * whole * (bool(recipe.client.get("keep_optimiser")) and recipe.client.get("optimiser", "adamw") == "adamw")
     )

@@ -77,8 +77,9 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     metrics["train_seconds"] = sum(event["seconds"]["train"] for event in rounds)
     if "peak_mb" in last(events, "done"):
         metrics["peak_mb"] = last(events, "done")["peak_mb"]
-    if rounds and "aggregation_error" in rounds[-1]:
-        metrics["aggregation_error"] = rounds[-1]["aggregation_error"]
+    for key in ("aggregation_error", "truncation_error"):
+        if rounds and key in rounds[-1]:
+            metrics[key] = rounds[-1][key]
     if found := {key: rounds[-1][key] for key in SEARCH if rounds and key in rounds[-1]}:
         metrics["search"] = found
     for key in ("simulated_seconds", "data_parallel_seconds"):

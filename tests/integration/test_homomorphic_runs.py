@@ -38,6 +38,7 @@ COMPOSED = {
     "some tensors": {"homomorphic": {"largest_weight": 20, "tensors": ["*.lora_B.*"]}},
     "a soft prompt": {"trainable": {"name": "prompt", "tokens": 4}},
     "fragments": {"share": {"name": "fragments", "count": 2}},
+    "products": {"share": {"name": "product"}},
     "16 bits": {"homomorphic": {"bits": 16, "largest_value": 0.05, "largest_weight": 20}},
     "noise at the server": {
         "transforms": [{"name": "central_dp", "max_norm": 0.2, "noise": 1e-6}],

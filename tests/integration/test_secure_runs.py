@@ -88,6 +88,7 @@ def test_a_run_that_was_stopped_is_resumed_with_the_same_bits(place, tmp_path):
 COMPOSED = {
     "a soft prompt": {"trainable": {"name": "prompt", "tokens": 4}},
     "fragments": {"share": {"name": "fragments", "count": 2}},
+    "products": {"share": {"name": "product"}},
     "16 bits": {"secure": {"bits": 16, "largest_value": 0.05, "largest_weight": 20}},
     "noise at the server": {
         "transforms": [{"name": "central_dp", "max_norm": 0.2, "noise": 1e-6}],

@@ -57,6 +57,11 @@ def recipe_in(folder: Path) -> Recipe:
             f"algorithm '{recipe.algorithm['name']}' sends no update and trains no weights, which is what an audit "
             "attacks; audit a run of algorithm 'averaging'."
         )
+    if recipe.share["name"] == "product":
+        raise FedllmError(
+            f"The run '{folder}' sent products of LoRA's factors, and the attacks here are made for factors; audit the "
+            "recipe with share.name = 'everything', whose updates show no less."
+        )
     if recipe.homomorphic and recipe.homomorphic.tensors != ["*"]:
         raise FedllmError(
             f"In the run '{folder}' some tensors were encrypted and some not, and no attack here is made for that; "

@@ -119,12 +119,12 @@ def traffic(run: Run) -> Figure | None:
     return figure(title, "", traces, 270, x=x, y=axis(word), bargap=0.35, bargroupgap=0.12)
 
 
-def aggregation_error(run: Run) -> Figure | None:
-    """Plot how far the product of the averaged factors is from the average of the products."""
-    rounds = [entry for entry in run.rounds if is_number(entry.get("aggregation_error"))]
+def error(run: Run, key: str) -> Figure | None:
+    """Plot a relative error that each round tells."""
+    rounds = [entry for entry in run.rounds if is_number(entry.get(key))]
     if not rounds:
         return None
-    numbers, values = [e["round"] for e in rounds], [float(e["aggregation_error"]) for e in rounds]
+    numbers, values = [e["round"] for e in rounds], [float(e[key]) for e in rounds]
     trace = line("", "#b5617b", numbers, [100 * value for value in values])
     if len(numbers) <= 12:
         texts = [f"{text} %" for text in apart(*(100 * value for value in values))]

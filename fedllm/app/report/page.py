@@ -47,7 +47,8 @@ def render(run: Run) -> str:
         "holds": costs.holds(run),
         "seconds": costs.seconds(run),
         "traffic": costs.traffic(run),
-        "error": costs.aggregation_error(run),
+        "error": costs.error(run, "aggregation_error"),
+        "truncation": costs.error(run, "truncation_error"),
     }
     figures = [made for made in drawn.values() if made]
     pages = Environment(
