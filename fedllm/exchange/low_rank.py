@@ -27,7 +27,7 @@ def factors(product_OI: Tensor, start_RI: Tensor) -> tuple[Tensor, Tensor]:
     m_OI, a_RI = product_OI.double(), start_RI.double()
     length = float(a_RI.norm()) / len(a_RI) ** 0.5 or 1.0
     rows_IR = leading(m_OI, a_RI)
-    # The nearest matrix with orthonormal rows (Schoenemann 1966, the orthogonal Procrustes problem).
+    # The nearest matrix with orthonormal rows (Schönemann 1966, the orthogonal Procrustes problem).
     left, _, right = torch.linalg.svd(a_RI @ rows_IR, full_matrices=False)
     new_RI = (length * left @ right @ rows_IR.mT).to(start_RI.dtype)
     return new_RI, (m_OI @ new_RI.double().mT / length**2).to(product_OI.dtype)

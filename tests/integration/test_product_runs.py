@@ -22,7 +22,9 @@ def recipe(place, **changes):  # noqa: F811
 
 COMPOSED = {
     "a cohort and a server's Adam": {"runtime": "cohort", "optimiser": {"name": "fedadam"}},
-    "a codec that remembers": {"transforms": [{"name": "top_k", "fraction": 0.2}, {"name": "quantise", "bits": 8}]},
+    "a codec that remembers": {
+        "transforms": [{"name": "top_k", "fraction": 0.2}, {"name": "quantise", "error_feedback": False}]
+    },
     "noise at the server": {
         "transforms": [{"name": "central_dp", "max_norm": 0.2, "noise": 0.1}],
         "aggregate": {"weights": "uniform"},
