@@ -9,12 +9,13 @@ from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
 from fedllm.app.homomorphic import homomorphic_part
 from fedllm.app.secure import secure_part
+from fedllm.app.sums import Wanted
 from fedllm.app.without import by_record
 from fedllm.app.work import stays_text
 from fedllm.core.noise import key_of
 from fedllm.core.round import averaging, parts_of
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Middleware, Select, Share, Tensors, Transform, Work, on_meta
+from fedllm.core.types import Algorithm, Middleware, Select, Share, Tensors, Work, on_meta
 from fedllm.exchange.availability import Presence, availability
 from fedllm.exchange.local_dp import nothing_else
 from fedllm.exchange.lora_error import lora_error
@@ -51,7 +52,8 @@ def averaged(
         for part in parts_of(share, on_meta(params))
         for name, value in part.items()
     )
-    middleware = [*summing(recipe, work, share, transforms, params, silos, secret, key), *by_record(recipe)]
+    wanted = Wanted(recipe, work, share, transforms, params, silos, secret, key)
+    middleware = [*summing(wanted), *by_record(recipe)]
     if there:
         middleware.append(availability(there, derive(recipe.seed, "availability")))
     return averaging(
@@ -66,18 +68,6 @@ def averaged(
     )
 
 
-def summing(
-    recipe: Recipe,
-    work: Work,
-    share: Share,
-    transforms: Sequence[Transform],
-    params: Tensors,
-    silos: int,
-    secret: bytes,
-    key: bytes | None = None,
-) -> list[Middleware]:
+def summing(wanted: Wanted) -> list[Middleware]:
     """Return what lets the server see sums in place of the silos' updates, if a recipe asks for it."""
-    return [
-        *secure_part(recipe, work, share, transforms, params, silos, secret),
-        *homomorphic_part(recipe, work, share, transforms, params, silos, secret, key),
-    ]
+    return [*secure_part(wanted), *homomorphic_part(wanted)]

@@ -4,58 +4,41 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from fedllm.app.config import Recipe
-from fedllm.app.secure import norm_bound, require_sums
+from fedllm.app.sums import Wanted, require_packages
 from fedllm.app.terminal import amount
 from fedllm.core.errors import FedllmError
 from fedllm.core.noise import key_of
 from fedllm.core.plan import size
-from fedllm.core.round import wire_stages
-from fedllm.core.types import Middleware, Share, Tensors, Transform, Work
+from fedllm.core.types import Middleware, Tensors
 from fedllm.exchange.homomorphic.settings import OPENERS, Settings, hidden
 
 
-def homomorphic_part(
-    recipe: Recipe,
-    work: Work,
-    share: Share,
-    transforms: Sequence[Transform],
-    params: Tensors,
-    silos: int,
-    secret: bytes,
-    key: bytes | None,
-) -> list[Middleware]:
+def homomorphic_part(wanted: Wanted) -> list[Middleware]:
     """Return the middleware of a recipe's `[homomorphic]`, if it has one; refuse what shows more than it says.
 
-    Without a `key` one is made of the secret: on one machine it is all silos', at a server nobody's.
+    Without a key of the silos one is made of the secret: on one machine it is all silos', at a server nobody's.
     """
+    recipe = wanted.recipe
     if recipe.homomorphic is None:
         return []
-    require_sums(recipe, share, "[homomorphic]")
+    wanted.require_sums("[homomorphic]")
     settings = settings_of(recipe)
-    each = int(recipe.select.get("size", silos))
-    if silos > 1 and each < settings.least:
+    each = int(recipe.select.get("size", wanted.silos))
+    if wanted.silos > 1 and each < settings.least:
         raise FedllmError(
             f"[homomorphic]: {each} silos are asked in a round and homomorphic.least is {settings.least}; a sum of "
             "fewer would tell too much of each."
         )
-    try:
-        from fedllm.exchange.homomorphic.middleware import homomorphic_sum
-    except ImportError as error:
-        raise FedllmError(
-            "[homomorphic] needs cryptography, which is not installed; install it with `pip install "
-            "'fedllm[homomorphic]'`."
-        ) from error
+    require_packages("[homomorphic]", "homomorphic", {"cryptography": "cryptography"})
+    from fedllm.exchange.homomorphic.middleware import homomorphic_sum
 
-    def like(number: int) -> Tensors:
-        return wire_stages(transforms, share.up(number, params))[-1]
-
-    bound = norm_bound(recipe, work, transforms)
-    weighted = recipe.aggregate.get("weights", "examples") == "examples"
-    own = key or key_of(secret, "homomorphic key")
-    return [homomorphic_sum(settings, own, secret, bound, like, weighted, share.period)]
+    bound, key = wanted.norm_bound(), wanted.key or key_of(wanted.secret, "homomorphic key")
+    return [
+        homomorphic_sum(settings, key, wanted.secret, bound, wanted.like, wanted.weighted, wanted.share.period),
+    ]
 
 
 def settings_of(recipe: Recipe) -> Settings:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fedllm.app import privacy
 from fedllm.app.config import Recipe
+from fedllm.app.sums import require_packages
 from fedllm.app.without import check_without
 from fedllm.core.errors import FedllmError
-from fedllm.exchange.homomorphic.ckks import library
 
 
 def check_together(recipe: Recipe, elsewhere: bool) -> None:
@@ -39,7 +39,7 @@ def check_together(recipe: Recipe, elsewhere: bool) -> None:
         )
     if recipe.homomorphic and not elsewhere:
         # A server adds ciphertexts up without it.
-        library()
+        require_packages("[homomorphic]", "homomorphic", {"tenseal": "tenseal"})
     if recipe.evaluate.pooled and privacy.keeps_losses(recipe):
         raise FedllmError(
             "evaluate.pooled is held against each silo's held-out loss, and with [secure] none is told; set "

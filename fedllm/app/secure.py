@@ -2,86 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from fedllm.app.config import Recipe, Secure
-from fedllm.app.privacy import around, in_sum, sum_noise
+from fedllm.app.privacy import around, sum_noise
+from fedllm.app.sums import Wanted, require_packages
 from fedllm.core.errors import FedllmError
-from fedllm.core.round import wire_stages
-from fedllm.core.types import Facts, Middleware, Share, Tensors, Transform, Work
+from fedllm.core.types import Middleware
 from fedllm.exchange.secure.settings import Circle, Settings, circle
 
 
-def secure_part(
-    recipe: Recipe,
-    work: Work,
-    share: Share,
-    transforms: Sequence[Transform],
-    params: Tensors,
-    silos: int,
-    secret: bytes,
-) -> list[Middleware]:
+def secure_part(wanted: Wanted) -> list[Middleware]:
     """Return the middleware of a recipe's `[secure]`, if it has one; refuse what shows more than the sum.
 
     A site knows only itself: with one silo nothing is said about their number.
     """
-    noise = sum_noise(recipe)
+    recipe, noise = wanted.recipe, sum_noise(wanted.recipe)
     if recipe.secure is None:
         return []
-    require_sums(recipe, share, "[secure]")
+    wanted.require_sums("[secure]")
     settings = settings_of(recipe.secure)
-    if silos > 1:
-        require_groups(settings, int(recipe.select.get("size", silos)))
-    bound = norm_bound(recipe, work, transforms)
-    try:
-        from fedllm.exchange.secure.middleware import secure_sum
-        from fedllm.exchange.secure.shares import library
-    except ImportError as error:
-        raise FedllmError(
-            "[secure] needs cryptography and pycryptodome, which are not installed; install them with `pip install "
-            "'fedllm[privacy]'`."
-        ) from error
-    library()
-    weighted = recipe.aggregate.get("weights", "examples") == "examples"
-    return [
-        secure_sum(
-            settings,
-            secret,
-            bound,
-            lambda number: wire_stages(transforms, share.up(number, params))[-1],
-            weighted,
-            noise,
-            recipe.seed,
-        )
-    ]
+    if wanted.silos > 1:
+        require_groups(settings, int(recipe.select.get("size", wanted.silos)))
+    bound = wanted.norm_bound()
+    require_packages("[secure]", "privacy", {"cryptography": "cryptography", "Crypto": "pycryptodome"})
+    from fedllm.exchange.secure.middleware import secure_sum
 
-
-def require_sums(recipe: Recipe, share: Share, table: str) -> None:
-    """Raise where silos would tell the server something of their own beside a sum."""
-    if share.partial:
-        raise FedllmError(
-            f"share.name is '{recipe.share['name']}', whose silos tell scores of their own; with {table} use "
-            "share.name = 'everything'."
-        )
-    if recipe.evaluate.alone:
-        raise FedllmError(
-            f"evaluate.alone tells what each silo reaches by itself, and with {table} that of no silo is told; set "
-            "evaluate.alone = false."
-        )
-
-
-def norm_bound(recipe: Recipe, work: Work, transforms: Sequence[Transform]) -> float | None:
-    """Return the largest norm of an update when it leaves, if there is one."""
-    facts = work.claim(Facts())
-    for transform in transforms:
-        before, facts = facts, transform.claim(facts)
-        if in_sum(recipe) and not (facts.norm_bound or math.inf) <= (before.norm_bound or math.inf):
-            raise FedllmError(
-                f"transforms: '{transform.name}' sends in a round also what was left over from earlier ones, and the "
-                "noise of client.noise_in = 'sum' is measured for one round's records; set error_feedback = false."
-            )
-    return facts.norm_bound
+    return [secure_sum(settings, wanted.secret, bound, wanted.like, wanted.weighted, noise, recipe.seed)]
 
 
 def settings_of(table: Secure) -> Settings:

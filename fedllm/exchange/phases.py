@@ -1,11 +1,9 @@
-"""What protocols of several messages a round have in common: each is answered once, and heard once.
+"""What a silo remembers of a protocol of several messages a round, so that it answers each of them once.
 
 `part` names a protocol: before the names of its tensors, where they travel beside a model's, and of what it remembers.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,42 +11,7 @@ from torch import Tensor
 from fedllm.core.errors import Refused
 from fedllm.core.noise import digest
 from fedllm.core.tensors import below, under
-from fedllm.core.types import Exchange, Reply, Request, Silo, Tensors
-
-
-def as_one(exchange: Exchange, summed: Callable[[Sequence[Request], dict[str, str]], Reply]) -> Exchange:
-    """Let one reply through in place of those to training, and all others as they are.
-
-    `summed` notes who is not in that reply, and why; it raises `Refused` where there is none to tell.
-    """
-
-    def exchanged(requests: Sequence[Request]) -> Iterator[Reply]:
-        train = [request for request in requests if request.op == "train"]
-        if rest := [request for request in requests if request.op != "train"]:
-            yield from exchange(rest)
-        if train:
-            lost = dict[str, str]()
-            try:
-                reply = summed(train, lost)
-            except Refused as problem:
-                reply = Reply("", train[0].round, {}, 0.0)
-                lost = {**{request.client: f"no sum: {problem}" for request in train}, **lost}
-            yield reply._replace(lost=lost)
-
-    return exchanged
-
-
-def heard(
-    exchange: Exchange, requests: Sequence[Request], lost: dict[str, str], what: str
-) -> Iterator[tuple[str, Reply]]:
-    """Yield the first reply of each silo that was asked, in its round; note those who send none."""
-    waiting, number = {request.client for request in requests}, requests[0].round
-    for reply in exchange(requests):
-        if reply.client in waiting and reply.round == number:
-            waiting.discard(reply.client)
-            yield reply.client, reply
-    for name in sorted(waiting):
-        lost.setdefault(name, f"{what} did not come")
+from fedllm.core.types import Request, Silo, Tensors
 
 
 def without_ours(part: str, request: Request) -> Request:

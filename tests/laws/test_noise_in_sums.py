@@ -140,8 +140,16 @@ def test_the_plan_says_what_the_noise_of_all_is_worth(model):
     assert f"epsilon {worth:.3g} at delta 1e-05 after 3 rounds, of a silo with all that it has" in told
 
 
-@pytest.mark.parametrize("missing", ["cryptography", "Crypto"])
-def test_only_a_recipe_with_secure_sums_needs_their_libraries(model, missing):
+@pytest.mark.parametrize(
+    ("table", "missing", "package", "extra"),
+    [
+        ("secure", "cryptography", "cryptography", "privacy"),
+        ("secure", "Crypto", "pycryptodome", "privacy"),
+        ("homomorphic", "cryptography", "cryptography", "homomorphic"),
+        ("homomorphic", "tenseal", "tenseal", "homomorphic"),
+    ],
+)
+def test_only_a_recipe_with_sums_needs_their_libraries(model, table, missing, package, extra):
     code = (
         f"import sys; sys.modules['{missing}'] = None\n"
         "from fedllm.app.build import build\nfrom fedllm.app.config import read_recipe\n"
@@ -150,11 +158,12 @@ def test_only_a_recipe_with_secure_sums_needs_their_libraries(model, missing):
         f"  'silos': {{n: '{model}/' + n + '.jsonl' for n in 'abcd'}},\n"
         "  'transforms': [{'name': 'clip', 'max_norm': 1.0}]}\n"
         "build(read_recipe(table), weights=False)\n"
-        "try:\n    build(read_recipe({**table, 'secure': {}}), weights=False)\n"
+        f"try:\n    build(read_recipe({{**table, '{table}': {{}}}}), weights=False)\n"
         "except FedllmError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "pip install 'fedllm[privacy]'" in done.stdout, done.stderr[-2000:]
+    said = f"[{table}] needs what is not installed ({package}); run `pip install 'fedllm[{extra}]'`."
+    assert done.returncode == 0 and said in done.stdout, done.stderr[-2000:]
 
 
 def test_noise_for_a_target_is_that_of_the_silo_which_needs_most(model):

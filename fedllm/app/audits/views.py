@@ -10,6 +10,7 @@ from fedllm.app.audits.case import Case
 from fedllm.app.averaged import summing
 from fedllm.app.catalog import make
 from fedllm.app.secure import one_sum
+from fedllm.app.sums import Wanted
 from fedllm.core.optimisers import fedavg
 from fedllm.core.round import averaging, everything, in_round, wire_stages
 from fedllm.core.seeds import derive, generator
@@ -63,7 +64,7 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
         aggregate=make("aggregate", recipe.aggregate),
         optimiser=fedavg(),
         transforms=transforms,
-        middleware=summing(recipe, work, everything(), transforms, params, silos, case.secret),
+        middleware=summing(Wanted(recipe, work, everything(), transforms, params, silos, case.secret)),
     )
     start = algorithm.init(params)._replace(round=number, transforms=case.state.transforms)
     replies: dict[str, Reply] = {}

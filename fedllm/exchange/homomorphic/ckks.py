@@ -54,12 +54,10 @@ class Keys(NamedTuple):
 
 
 def opened(key: bytes) -> Keys:
-    """Return SEAL with the key that 32 bytes stand for: the same at every silo that has them.
+    """Return SEAL with the key that 32 bytes stand for: the same at every silo that has them."""
+    # A server adds ciphertexts up without it.
+    from tenseal import sealapi as seal
 
-    Raises:
-        FedllmError: where tenseal is not installed.
-    """
-    seal = library()
     seeds = key_of(key, "seal", 0) + key_of(key, "seal", 1)
     drawn = seal.Blake2xbPRNGFactory(list(struct.unpack("<8Q", seeds)))
     secret = seal.KeyGenerator(context_of(seal, drawn)).secret_key()
@@ -137,14 +135,3 @@ def as_file(keys: Keys, numbers: Numbers) -> bytes:
 
     data = struct.pack("<Q", numbers.size) + numbers.astype("<u8").tobytes()
     return part(struct.pack("<4Q?3QdQ", *keys.context.first_parms_id(), True, 2, DEGREE, 1, SCALE, 1) + part(data))
-
-
-def library() -> Any:
-    """Return SEAL as tenseal wraps it."""
-    try:
-        from tenseal import sealapi
-    except ImportError as error:
-        raise FedllmError(
-            "[homomorphic] needs tenseal, which is not installed; install it with `pip install 'fedllm[homomorphic]'`."
-        ) from error
-    return sealapi

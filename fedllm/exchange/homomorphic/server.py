@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,11 +13,10 @@ from fedllm.core.errors import Refused
 from fedllm.core.noise import key_of
 from fedllm.core.types import Exchange, Reply, Request, Tensors
 from fedllm.exchange.homomorphic.ckks import DEGREE, Numbers, add
-from fedllm.exchange.homomorphic.messages import CIPHER, OPEN, OPENED, Terms, members, written
+from fedllm.exchange.homomorphic.messages import CIPHER, OPEN, OPENED, TRAIN, Terms, members, written
 from fedllm.exchange.homomorphic.packing import BESIDE, numbers_for, rows_for, unpaired
 from fedllm.exchange.homomorphic.settings import MOST_SILOS, OPENERS, hidden
 from fedllm.exchange.homomorphic.silo import Made, ciphertexts
-from fedllm.exchange.phases import as_one, heard
 
 
 class Sum(NamedTuple):
@@ -30,7 +29,21 @@ class Sum(NamedTuple):
 
 def homomorphic_exchange(exchange: Exchange, made: Made, secret: bytes) -> Exchange:
     """Let only the mean of all updates through; the server's `secret` makes each round's nonce another one."""
-    return as_one(exchange, lambda requests, lost: summed(requests, exchange, made, secret, lost))
+
+    def exchanged(requests: Sequence[Request]) -> Iterator[Reply]:
+        train = [request for request in requests if request.op == TRAIN]
+        if rest := [request for request in requests if request.op != TRAIN]:
+            yield from exchange(rest)
+        if train:
+            lost = dict[str, str]()
+            try:
+                reply = summed(train, exchange, made, secret, lost)
+            except Refused as problem:
+                reply = Reply("", train[0].round, {}, 0.0)
+                lost = {**{request.client: f"no sum: {problem}" for request in train}, **lost}
+            yield reply._replace(lost=lost)
+
+    return exchanged
 
 
 def summed(requests: Sequence[Request], exchange: Exchange, made: Made, secret: bytes, lost: dict[str, str]) -> Reply:
@@ -75,6 +88,19 @@ def taken(requests: Sequence[Request], exchange: Exchange, made: Made, terms: Te
         del reply, cipher, clear
     total.kept.sort()
     return total
+
+
+def heard(
+    exchange: Exchange, requests: Sequence[Request], lost: dict[str, str], what: str
+) -> Iterator[tuple[str, Reply]]:
+    """Yield the first reply of each silo that was asked, in its round; note those who send none."""
+    waiting, number = {request.client for request in requests}, requests[0].round
+    for reply in exchange(requests):
+        if reply.client in waiting and reply.round == number:
+            waiting.discard(reply.client)
+            yield reply.client, reply
+    for name in sorted(waiting):
+        lost.setdefault(name, f"{what} did not come")
 
 
 def numbers_of(tensors: Tensors, like: Tensors, bits: int, most: int) -> dict[str, Numbers]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import combinations, islice
-from typing import Any
 
-from fedllm.core.errors import FedllmError, Refused
+from Crypto.Protocol.SecretSharing import Shamir
+
+from fedllm.core.errors import Refused
 
 HALF = 16
 
@@ -16,8 +17,7 @@ TRIES = 200
 
 def split(secret: bytes, threshold: int, holders: int) -> list[bytes]:
     """Return one share of 32 bytes for each holder; fewer than `threshold` of them tell nothing."""
-    shamir = library()
-    halves = [shamir.split(threshold, holders, part) for part in (secret[:HALF], secret[HALF:])]
+    halves = [Shamir.split(threshold, holders, part, ssss=False) for part in (secret[:HALF], secret[HALF:])]
     return [bytes(first[1] + second[1]) for first, second in zip(*halves, strict=True)]
 
 
@@ -29,22 +29,9 @@ def joined(shares: Mapping[int, bytes], threshold: int, right: Callable[[bytes],
     """
     if len(shares) < threshold:
         raise Refused(f"{len(shares)} shares came and {threshold} are needed")
-    shamir = library()
     for chosen in islice(combinations(sorted(shares.items()), threshold), TRIES):
         halves = [[(place + 1, share[part : part + HALF]) for place, share in chosen] for part in (0, HALF)]
-        secret = b"".join(bytes(shamir.combine(half)) for half in halves)
+        secret = b"".join(Shamir.combine(half, ssss=False) for half in halves)
         if right(secret):
             return secret
     raise Refused("shares do not fit together: one was forged")
-
-
-def library() -> Any:
-    """Return pycryptodome's secret sharing."""
-    try:
-        from Crypto.Protocol.SecretSharing import Shamir
-    except ImportError as error:
-        raise FedllmError(
-            "Secure aggregation shares its keys by pycryptodome, which is not installed; install it with "
-            "`pip install 'fedllm[privacy]'`."
-        ) from error
-    return Shamir
