@@ -15,9 +15,10 @@ from fedllm.app.work import stays_text
 from fedllm.core.noise import key_of
 from fedllm.core.round import averaging, parts_of
 from fedllm.core.seeds import derive
-from fedllm.core.types import Algorithm, Middleware, Select, Share, Tensors, Work, on_meta
+from fedllm.core.types import Algorithm, Client, Middleware, Select, Share, Tensors, Work, on_meta
 from fedllm.exchange.availability import Presence, availability
 from fedllm.exchange.local_dp import nothing_else
+from fedllm.exchange.looking import looking
 from fedllm.exchange.lora_error import lora_error
 
 
@@ -33,6 +34,7 @@ def selection(recipe: Recipe, names: Sequence[str], secret: bytes) -> Select:
 def averaged(
     recipe: Recipe,
     work: Work,
+    evaluator: Client,
     select: Select,
     share: Share,
     params: Tensors,
@@ -45,6 +47,8 @@ def averaged(
     """Return a recipe's local training and average; `own` never leaves a silo, `key` is the silos' alone."""
     if privacy.trusts_nobody(recipe):
         work = nothing_else(work)
+    if privacy.sums_losses(recipe):
+        work = looking(work, evaluator, recipe.evaluate.every)
     transforms = privacy.transforms(recipe, silos, secret)
     # What a probe tells has no noise on it, and behind a sum there is nothing to look at.
     factors = not (privacy.is_private(recipe) or privacy.adds_up(recipe)) and any(

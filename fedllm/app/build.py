@@ -190,16 +190,16 @@ def build(
     there = presence_of(silos.names, recipe)
     first = {**params, **own} if own or share.partial else {}
     work = make_work(recipe, objective, tokenizer, secret, ranks, trainable, first)
-    algorithm = (
-        method.algorithm(select)
-        if method
-        else averaged(recipe, work, select, share, params, own, len(silos.names), secret, key, there)
-    )
     rows = recipe.evaluate.batch_size
     evaluator = (
         method.evaluator
         if method
         else held_out(objective, task, tokenizer, trainable, batch_size=rows, autocast=autocast, first=own)
+    )
+    algorithm = (
+        method.algorithm(select)
+        if method
+        else averaged(recipe, work, evaluator, select, share, params, own, len(silos.names), secret, key, there)
     )
     fitting = plan(algorithm, params)
     width = 1 if elsewhere else choose_width(recipe, model, silos, algorithm, device)

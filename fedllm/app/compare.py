@@ -102,7 +102,7 @@ def pooled_losses(parts: Parts, ui: Ui, rounds: Mapping[str, int]) -> dict[str, 
         else:
             work = parts.work(steps=steps, epochs=None, **changes)
             ((_, params),) = alone(local(work.client, lambda name: everything, {}), parts.params, [POOLED])
-    with ui.part("held-out loss", evaluation_steps(parts)):
+    with ui.part("held-out loss", evaluation_steps(parts, parts.looked)):
         losses = held_out_losses(parts, looking(parts, {}, ui), params)
         losses |= general_losses(parts, params, ui.tick)
     ui.say(f"everything pooled: held-out loss {sum(losses['loss'].values()) / len(losses['loss']):.3f}")

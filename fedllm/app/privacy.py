@@ -74,6 +74,11 @@ def keeps_losses(recipe: Recipe) -> bool:
     return recipe.secure is not None and not recipe.secure.losses
 
 
+def sums_losses(recipe: Recipe) -> bool:
+    """Say whether the silos' held-out losses are told in a sum alone; with noise they are not, having none on them."""
+    return keeps_losses(recipe) and not is_private(recipe)
+
+
 def hides_records(recipe: Recipe) -> bool:
     """Say whether the silos train with noise on every step."""
     return bool(recipe.client.get("name") == "dp_sgd")

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from fedllm.app.terminal import many
 from fedllm.runtime.store import read_events, write_text
 
 TITLES = {
@@ -48,6 +49,8 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {"loss": {}, "rounds": len(rounds)}
     if last(events, "start").get("losses") == "kept":
         metrics["losses_kept"] = True
+    if summed := [{"after": event["round"] - 1, **event["summed"]} for event in rounds if "summed" in event]:
+        metrics["summed_loss"] = summed
     for key in MEASURES:
         found = {
             "base": last(events, "base").get(key, {}),
@@ -181,10 +184,14 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         shares = ", ".join(f"{kind} {mean(values):.1%}" for kind, values in right.items())
         return f"Right answers, mean over silos: {shares}."
     if metrics.get("losses_kept"):
-        return (
-            "No silo told its held-out loss (secure.losses is false), so of the model's quality only the server's own "
-            "files tell (evaluate.general, choice and exact)."
-        )
+        kept = "No silo told its held-out loss (secure.losses is false)"
+        if summed := metrics.get("summed_loss"):
+            first, last = summed[0], summed[-1]
+            return (
+                f"{kept}; the mean of all, told in sums, was {first['loss']:.3f} after {many(first['after'], 'round')} "
+                f"and {last['loss']:.3f} after {many(last['after'], 'round')}."
+            )
+        return f"{kept}; of the model's quality only the server's own files tell (evaluate.general, choice and exact)."
     if not federated:
         return "No federated model has been evaluated yet."
     sentences = [f"The federated model's mean held-out loss is {mean(federated):.3f}"]

@@ -192,7 +192,7 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
 
     if "base" not in done:
         begun = time.perf_counter()
-        with ui.part("base model", evaluation_steps(parts)):
+        with ui.part("base model", evaluation_steps(parts, parts.looked)):
             losses = held_out_losses(parts, nodes.exchange, start_of(parts), base=True)
             losses |= general_losses(parts, start_of(parts), ui.tick, base=True)
         scores = score_files(parts, ui.tick, base=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedllm.app.config import Recipe, Secure
-from fedllm.app.privacy import around, sum_noise
+from fedllm.app.privacy import around, keeps_losses, sum_noise, sums_losses
 from fedllm.app.sums import Wanted, require_packages
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Middleware
@@ -70,4 +70,18 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
         "not summed   each silo's held-out loss and how many examples it has (a site's policy.metrics can keep them)"
         if recipe.secure.losses
         else "not told     any silo's held-out loss, or how many examples it has (secure.losses = true tells both)",
+        *mean_lines(recipe),
+    ]
+
+
+def mean_lines(recipe: Recipe) -> list[str]:
+    """Say what is told of the silos' held-out losses together, where that of none is."""
+    if not keeps_losses(recipe):
+        return []
+    if not sums_losses(recipe):
+        return ["             nor the mean of their held-out losses, since it has no noise on it"]
+    often = f" (every {recipe.evaluate.every} rounds)" if recipe.evaluate.every > 1 else ""
+    return [
+        f"in the sum   the silos' held-out losses on the weights that a round begins with{often}: their mean is told, "
+        "where all in the sum have text to measure it on"
     ]

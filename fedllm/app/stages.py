@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from fedllm.app.budget import after_round, before_round
 from fedllm.app.build import Parts
-from fedllm.app.privacy import keeps_losses
+from fedllm.app.privacy import keeps_losses, sums_losses
 from fedllm.app.progress import Ui
 from fedllm.app.results import MEASURES
 from fedllm.app.terminal import many
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import LATE, NOTHING, Exchange, Report, Request, Silo, State, Tensors, Work
+from fedllm.exchange.looking import BEYOND, COUNT, TOTAL
 from fedllm.runtime.line import Aborted
 from fedllm.runtime.link import Load, data_parallel_seconds, round_seconds
 from fedllm.runtime.local import Memory, by_op, cohort, local
@@ -70,7 +71,12 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
     recipe, traffic, clock = parts.recipe, Traffic(), time.perf_counter
     asked = list(parts.select(state.round))
     known = len(asked) <= 64 and all(parts.silos.shards[name].train for name in asked)
-    steps = sum(parts.pace(name) for name in parts.present(state.round)) if known else None
+    steps = None
+    if known:
+        there = parts.present(state.round)
+        steps = sum(parts.pace(name) for name in there)
+        if sums_losses(recipe) and state.round % recipe.evaluate.every == 0:
+            steps += evaluation_steps(parts, there)
     before_round(folder, parts, nodes.held, asked, state.round + 1)
     begun = clock()
     with ui.part(f"round {state.round + 1}", steps, counts=True):
@@ -80,11 +86,12 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
             raise with_reasons(error, nodes.silent()) from error
         report = {**report, **{f"dropped.{name}": why for name, why in nodes.silent().items()}}
     server = clock() - begun
+    plain, summed = told_in_sums(report)
     privacy = after_round(folder, parts, nodes.held, after)
 
     looked, losses, apart = clock(), dict[str, dict[str, float]](), dict[str, dict[str, float]]()
     if after.round % recipe.evaluate.every == 0 or after.round == recipe.rounds:
-        with ui.part("held-out loss", evaluation_steps(parts)):
+        with ui.part("held-out loss", evaluation_steps(parts, parts.looked)):
             losses = held_out_losses(parts, nodes.exchange, parts.shown(after), after.round)
             if parts.first and after.round == recipe.rounds:
                 apart = held_out_losses(parts, nodes.exchange, parts.shown(after), after.round, shared=True)
@@ -93,7 +100,8 @@ def one_round(folder: Path, parts: Parts, state: State, nodes: Nodes, ui: Ui, st
         "round": after.round,
         **losses,
         **({"without_own": apart} if apart else {}),
-        **tell(report),
+        **tell(plain),
+        **({"summed": summed} if summed else {}),
         **late(report),
         **privacy,
         **(over_links(parts, traffic, report) if parts.links else {}),
@@ -185,10 +193,10 @@ def said(found: Mapping[str, Mapping[str, float]], name: str | None = None) -> s
     return "nothing held out could be measured"
 
 
-def evaluation_steps(parts: Parts) -> int:
-    """Return how many batches one look at the held-out text takes."""
+def evaluation_steps(parts: Parts, names: Sequence[str]) -> int:
+    """Return how many batches one look at the held-out text of these silos takes."""
     size = parts.recipe.evaluate.batch_size
-    here = [name for name in parts.looked if parts.silos.shards[name].test]
+    here = [name for name in names if parts.silos.shards[name].test]
     return sum(-(-len(parts.silos.examples(name)["test"]) // size) for name in here)
 
 
@@ -205,6 +213,21 @@ def tell(report: Report) -> dict[str, Any]:
     return told
 
 
+def told_in_sums(report: Report) -> tuple[Report, dict[str, float]]:
+    """Return a report without what sums tell of losses, and the mean `loss`, of how many, and how many count as less.
+
+    The mean is over the silos of all sums in which each silo has a loss; it is that of the weights before the round.
+    """
+    whole = dict.fromkeys((TOTAL, COUNT, BEYOND), 0.0)
+    for key, value in report.items():
+        if (kind := key.partition(".")[0]) in whole:
+            whole[kind] += float(value)
+    plain = {key: value for key, value in report.items() if key.partition(".")[0] not in whole}
+    if not whole[COUNT]:
+        return plain, {}
+    return plain, {"loss": whole[TOTAL] / whole[COUNT], "silos": whole[COUNT], "beyond": whole[BEYOND]}
+
+
 def late(report: Report) -> dict[str, list[str]]:
     """Return who of the dropped was late and not lost, if anybody was."""
     why = {key.removeprefix("dropped."): told for key, told in report.items() if key.startswith("dropped.")}
@@ -215,6 +238,8 @@ def late(report: Report) -> dict[str, list[str]]:
 def round_line(event: Mapping[str, Any], rounds: int) -> str:
     """Say a round in one line."""
     loss = f", {said(event)}" if event.get("loss") or event.get("accuracy") else ""
+    if "summed" in event:
+        loss = f", mean held-out loss {event['summed']['loss']:.3f} before it"
     slow = event.get("late", [])
     lost = [name for name in event["dropped"] if name not in slow]
     dropped = "".join(f", {word} {', '.join(names)}" for word, names in (("dropped", lost), ("late", slow)) if names)

@@ -167,6 +167,38 @@ def test_no_number_of_one_silo_is_in_a_run_unless_the_recipe_says_so(place, tmp_
     assert line.startswith("not summed" if losses else "not told")
 
 
+def test_the_mean_loss_in_the_sum_is_that_of_the_losses_that_silos_tell_without_it(place, tmp_path):
+    gone = {"silos": {"a": {"away": [[2, 2]]}}}
+    made = table(place, availability=gone, rounds=3)
+    told = run({**made, "secure": {**made["secure"], "losses": True}}, tmp_path / "told", secret=SECRET)
+    summed = run(made, tmp_path / "summed", secret=SECRET)
+    (base,) = (event["loss"] for event in read_events(told) if event["event"] == "base")
+    after = [base, *(event["loss"] for event in rounds(told))]
+    for event, losses, there in zip(rounds(summed), after, ("abcd", "bcd", "abcd"), strict=False):
+        found = event["summed"]
+        assert (found["silos"], found["beyond"]) == (len(there), 0)
+        # Weights that were read from text and ones kept in memory are the same bits; the grid's step is 64 x 4 / 2^31.
+        assert abs(found["loss"] - sum(losses[name] for name in there) / len(there)) < 1e-6
+    assert not any(of_silos(event.get("summed"), "abcd") for event in rounds(summed))
+    assert all("summed" not in event for event in rounds(told))
+    one, other = adapter(told), adapter(summed)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    first, last = (rounds(summed)[place]["summed"]["loss"] for place in (0, -1))
+    said = verdict(summary(read_events(summed)))
+    assert f"was {first:.3f} after 0 rounds and {last:.3f} after 2 rounds" in said
+    page = (summed / "report.html").read_text()
+    assert "Their mean, told in the secure sum alone, was" in page and "Held-out loss of the federated model" in page
+    lines = "\n".join(plan_lines(build(read_recipe(made), weights=False)))
+    assert "in the sum   the silos' held-out losses" in lines
+
+
+def test_a_mean_loss_on_which_there_is_no_noise_is_not_told(place, tmp_path):
+    together = [{"name": "distributed_dp", "max_norm": 0.2, "noise": 1e-6}]
+    noisy = table(place, transforms=together, aggregate={"weights": "uniform"}, rounds=1)
+    assert "summed" not in rounds(run(noisy, tmp_path / "noisy"))[0]
+    assert "nor the mean of their held-out losses" in "\n".join(plan_lines(build(read_recipe(noisy), weights=False)))
+
+
 def test_what_needs_the_losses_is_refused(place, tmp_path):
     with pytest.raises(FedllmError, match=r"secure.losses = true"):
         run(table(place, evaluate={"alone": False, "pooled": True}), tmp_path / "pooled")

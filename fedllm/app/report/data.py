@@ -100,6 +100,12 @@ def compare(run: Run, what: str = "loss") -> Comparison:
     )
 
 
+def summed_losses(run: Run) -> list[tuple[int, float]]:
+    """Return after how many rounds which mean held-out loss was told in a secure sum, and no silo's own."""
+    told = [(entry["round"] - 1, losses(entry.get("summed")).get("loss")) for entry in run.rounds]
+    return [(after, loss) for after, loss in told if loss is not None]
+
+
 def mean(values: Losses, silos: list[str]) -> float | None:
     """Return the plain mean over `silos`, each counting alike, or None where one of them has no value."""
     if not silos or any(name not in values for name in silos):

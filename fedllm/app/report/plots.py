@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import quantiles
 
-from fedllm.app.report.data import Comparison, Losses, Run, losses, mean
+from fedllm.app.report.data import Comparison, Losses, Run, losses, mean, summed_losses
 from fedllm.app.report.figure import (
     COLOURS,
     FEW,
@@ -172,13 +172,15 @@ def everyone(found: Comparison) -> Figure | None:
 
 
 def history(run: Run) -> Figure | None:
-    """Plot held-out loss per round: a line a silo, or the spread over many silos."""
+    """Plot held-out loss per round: a line a silo, or the spread over many silos; of a sum the mean alone."""
     points = [(0, losses(run.base.get("loss")))] + [(e["round"], losses(e.get("loss"))) for e in run.rounds]
     points = [(number, values) for number, values in points if values]
+    summed = [] if points else summed_losses(run)
+    points += [(number, {"mean": value}) for number, value in summed]
     if len(points) < 2:
         return None
     numbers = [number for number, _ in points]
-    silos = list(dict.fromkeys(name for _, values in points for name in values))
+    silos = [] if summed else list(dict.fromkeys(name for _, values in points for name in values))
     middle = [sum(values.values()) / len(values) for _, values in points]
     if len(silos) <= LINES:
         traces = [
@@ -201,5 +203,6 @@ def history(run: Run) -> Figure | None:
     thick = line("mean", COLOURS["federated"], numbers, middle)
     traces.append(thick | {"line": {"width": 4, "color": COLOURS["federated"]}})
     caption = "Each silo counts alike in the mean. The axis does not start at zero."
+    caption += " It was told in secure sums: that of a round is of the weights before it." * bool(summed)
     x, y = rounds_axis(numbers), axis("held-out loss (nats per token)")
     return figure("Held-out loss of the federated model after each round", caption, traces, 330, x=x, y=y)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from fedllm.app.report.data import Comparison, Losses, Run, is_number, mean
+from fedllm.app.report.data import Comparison, Losses, Run, is_number, mean, summed_losses
 
 NONE = "\N{EN DASH}"
 """What stands in a table where there is no number."""
@@ -95,12 +95,24 @@ def lead(run: Run, found: Comparison) -> list[str]:
     after = rounds_done(run)
     federated = mean(found.federated, list(found.federated))
     if run.start.get("losses") == "kept":
-        return [f"No silo told its held-out loss or how many examples it has (secure.losses is false); {after}."]
+        told = [f"No silo told its held-out loss or how many examples it has (secure.losses is false); {after}."]
+        return told + in_sums(run)
     if federated is None:
         return [f"There is no held-out loss of a federated model yet; {after}."]
     sentences = [against_base(found, silos, after) if silos else f"The federated loss is {federated:.2f}."]
     sentences += [text for text in (against_alone(found), personal(found), against_pooled(found)) if text]
     return sentences
+
+
+def in_sums(run: Run) -> list[str]:
+    """Say between what the mean held-out loss went, where it was told in sums alone."""
+    points = summed_losses(run)
+    if not points:
+        return []
+    (first, start), (last, end) = points[0], points[-1]
+    was, now = apart(start, end)
+    text = f"Their mean, told in the secure sum alone, was {was} nats a token before round {first + 1}"
+    return [f"{text} and {now} before round {last + 1}." if last > first else f"{text}."]
 
 
 def rounds_done(run: Run) -> str:

@@ -5,6 +5,7 @@ arXiv:2020/704 of the IACR). Every pair of neighbours agrees on a mask that one 
 silo adds a mask of its own; both kinds can be rebuilt from shares that its neighbours hold, but never both of one silo.
 
 Read in this order: `settings` (who and how many), `graph` (who is whose neighbour), `keys` (what each silo makes and
-agrees on), `shares` (who holds what of it), `masks` and `fixed_point` (numbers modulo 2^bits), `noise` (each silo's
+agrees on), `shares` (who holds what of it), `masks` and `fixed_point` (numbers modulo 2^bits), `beside` (what is
+added up with an update), `noise` (each silo's
 part of it), `messages`, then the two halves `silo` and `server`, and `middleware`, which puts them around an exchange.
 """

@@ -23,9 +23,7 @@ PART = "secure"
 """Before the names of all tensors here, where they travel beside a model's."""
 
 TAIL = f"{PART}/tail"
-"""Beside a masked update, also masked: a one for each silo, its weight, its values beyond the largest."""
-
-TAIL_SIZE = 3
+"""Beside a masked update, also masked: the numbers that `beside` makes."""
 
 
 class Directory(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Facts, Middleware, Tensors
+from fedllm.exchange.secure.beside import SIZE
 from fedllm.exchange.secure.fixed_point import Grid, grid, room_for
-from fedllm.exchange.secure.messages import KEYS, SHARES, SUM, TAIL, TAIL_SIZE
+from fedllm.exchange.secure.messages import KEYS, SHARES, SUM, TAIL
 from fedllm.exchange.secure.server import secure_exchange
 from fedllm.exchange.secure.settings import Circle, Settings, SumNoise, require_settings
 from fedllm.exchange.secure.silo import Made, secure_client, secure_cohort
@@ -77,7 +78,7 @@ def secure_sum(
     def wire(tensors: Tensors) -> Tensors:
         kind = torch.int16 if settings.bits == 16 else torch.int32
         sent = {name: value.to(kind) for name, value in tensors.items()}
-        return {**sent, TAIL: torch.empty(TAIL_SIZE, dtype=torch.int32, device="meta")}
+        return {**sent, TAIL: torch.empty(SIZE, dtype=torch.int32, device="meta")}
 
     def claim(facts: Facts) -> Facts:
         if facts.sees != "each":

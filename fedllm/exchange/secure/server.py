@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import LATE, Exchange, Reply, Request, Tensors
+from fedllm.exchange.secure.beside import SIZE, losses_in
 from fedllm.exchange.secure.fixed_point import values_of
 from fedllm.exchange.secure.graph import dealt, neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -35,7 +36,6 @@ from fedllm.exchange.secure.messages import (
     SHARES,
     SUM,
     TAIL,
-    TAIL_SIZE,
     TRAIN,
     Directory,
     as_bytes,
@@ -64,7 +64,7 @@ class Sum:
     """From each silo that shared out its keys: a box for each holder."""
     checks: dict[int, bytes] = field(default_factory=dict)
     total: Numbers | None = None
-    tail: Numbers = field(default_factory=lambda: np.zeros(TAIL_SIZE, np.uint32))
+    tail: Numbers = field(default_factory=lambda: np.zeros(SIZE, np.uint32))
     kept: set[int] = field(default_factory=set)
     """Those whose masked update is in the total."""
 
@@ -122,7 +122,7 @@ def side_by_side(groups: Sequence[Sequence[Request]], exchange: Exchange, made: 
                 phases[place] = step
             else:
                 del sums[place]
-                yield step
+                yield step if len(groups) == 1 else step._replace(client=f"sum {place + 1}")
         try:
             hear(exchange, phases, lost)
         except Refused as refused:
@@ -240,7 +240,7 @@ def take_updates(now: Sum, asked: Mapping[str, Request], made: Made, like: Tenso
 def numbers_of(tensors: Tensors, like: Tensors, kind: type[np.unsignedinteger]) -> dict[str, Numbers]:
     """Return the whole numbers of a masked update, or raise `Refused` where it does not look like one."""
     expected = {name: (value.shape, torch.int16 if kind is np.uint16 else torch.int32) for name, value in like.items()}
-    expected[TAIL] = (torch.Size([TAIL_SIZE]), torch.int32)
+    expected[TAIL] = (torch.Size([SIZE]), torch.int32)
     found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
     if found != expected:
         odd = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
@@ -316,7 +316,7 @@ def unmask(now: Sum, secrets: Mapping[int, bytes]) -> None:
 
 def told(now: Sum, number: int, made: Made, like: Tensors) -> Reply:
     """Return the mean, if the sum says itself that it is one of these silos."""
-    count, weight, _ = (int(each) for each in now.tail)
+    count, weight = (int(each) for each in now.tail[:2])
     most = int(made.settings.largest_weight) if made.weighted else 1
     if count != len(now.kept) or not count <= weight <= count * most:
         raise Refused(f"the sum says that it is of {count} silos that weigh {weight}, and it is of {len(now.kept)}")
@@ -329,7 +329,7 @@ def told(now: Sum, number: int, made: Made, like: Tensors) -> Reply:
         for name, piece in zip(sorted(like), pieces, strict=True)
     }
     members = [now.directory.names[place] for place in sorted(now.kept)]
-    return Reply("the sum", number, tensors, float(weight), of=members)
+    return Reply("the sum", number, tensors, float(weight), losses_in(now.tail, now.circle.silos), members)
 
 
 def require_enough(now: Sum, left: int) -> None:

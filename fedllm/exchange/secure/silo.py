@@ -16,7 +16,9 @@ import torch
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.noise import key_of, require_float32
 from fedllm.core.types import Client, Cohort, Reply, Request, Silo, Tensors
+from fedllm.exchange.looking import LOSS
 from fedllm.exchange.phases import answered, remembering, trained, without_ours
+from fedllm.exchange.secure.beside import beside
 from fedllm.exchange.secure.fixed_point import Grid, rounded
 from fedllm.exchange.secure.graph import neighbours_of
 from fedllm.exchange.secure.keys import (
@@ -178,7 +180,7 @@ def label(about: Round, sender: int, receiver: int) -> bytes:
 def ended(
     request: Request, about: Round, silo: Silo, answer: tuple[Reply, Tensors], made: Made, secret: bytes
 ) -> tuple[Reply, Tensors]:
-    """Phase 3: return the masked update, and nothing else of what the client would have replied."""
+    """Phase 3: return the masked update, its weight and its loss, and nothing else of what the client replied."""
     reply, kept = answer
     require_float32(reply.tensors)
     names, here = sorted(reply.tensors), key_of(secret, "secure update", silo.name, silo.seed, about.context)
@@ -189,7 +191,7 @@ def ended(
     numbers, beyond = rounded(values, grid, scale, key_of(here, "rounding"))
     if deviation := made.noise(about.circle, len(values)):
         numbers += discrete_gaussian(key_of(here, "noise"), len(values), deviation).astype(numbers.dtype)
-    tail = np.array([1, weight, beyond], dtype=np.uint32)
+    tail = beside(weight, beyond, reply.scalars.get(LOSS), about.circle.silos, key_of(here, "no loss"))
     masks = [Mask(derived(about.own_mask, about.context, "own"), True)]
     masks += [pairwise(about, other) for other in about.graph[about.place] if other in about.there]
     masked(numbers, masks)
