@@ -151,7 +151,7 @@ def audit(
     folder: RunFolder,
     attacks: Annotated[
         list[str],
-        typer.Option("--attack", help="updates, membership, canaries or origin; by default all of them."),
+        typer.Option("--attack", help="updates, membership, canaries, origin or tensors; by default all of them."),
     ] = [],  # noqa: B006
     trials: Annotated[int, typer.Option(help="Records that are to be read out of updates.", min=2)] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens that such a record is cut to.", min=4)] = 24,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_an_audit_says_what_leaks_and_changes_nothing_else(place, monkeypatch, c
     assert result["epsilon"]["ledger"] is None and result["noise"] == [] and "texts" not in result
     page = (run / "privacy.html").read_text()
     assert "What would lower it" in page and "the server sees each silo" in page and "cat sat" not in page
+    each = result["tensors"]["each"]
+    assert sum(one["values"] for one in each) == pytest.approx(1) == sum(one["sensitivity"] for one in each)
+    assert 0.1 <= sum(one["values"] for one in each if one["named"]) < 1
+    assert result["tensors"]["setting"] in " ".join(said.split()) and "Which tensors tell the most" in page
+    setting = tomllib.loads(result["tensors"]["setting"])["homomorphic"]["tensors"]
+    assert sorted(setting) == sorted(one["name"] for one in each if one["named"])
     # The same seed finds the same.
     call(monkeypatch, capsys, "audit", "run", *FEW, "--show-text", "--attack", "updates")
     shown = json.loads((run / "privacy.json").read_text())

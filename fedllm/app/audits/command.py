@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from fedllm.app.audits.case import Case, open_case, recipe_in
 from fedllm.app.audits.findings import Finding
 from fedllm.app.audits.learned import Bound, membership, secrets_kept
+from fedllm.app.audits.tensors import most_sensitive
 from fedllm.app.audits.updates import Recovered, attack_updates
 from fedllm.app.audits.whose import whose
 from fedllm.app.privacy import is_private, open_ends, said, uses
@@ -20,7 +21,8 @@ from fedllm.app.report.audit_words import lead
 from fedllm.core.errors import FedllmError, nearest
 from fedllm.runtime.store import write_text
 
-ATTACKS = ("updates", "membership", "canaries", "origin")
+ATTACKS = ("updates", "membership", "canaries", "origin", "tensors")
+"""What an audit does; the last is no attack, but says which tensors tell the most."""
 
 SHOWN = 3
 """Texts that are shown beside what was recovered, where that is asked for."""
@@ -66,6 +68,8 @@ def audit(folder: Path, wanted: Wanted, ui: Ui) -> tuple[Path, list[str]]:
         if "origin" in attacks:
             findings += whose(case)
         result = told(case, attacks, findings, bound)
+        if "tensors" in attacks:
+            result["tensors"] = most_sensitive(case)
         if wanted.show_text:
             result["texts"] = [legible(case, each) for each in texts[:SHOWN]]
     write_text(folder / "privacy.json", json.dumps(result, indent=1) + "\n")
@@ -91,6 +95,7 @@ def told(case: Case, attacks: Sequence[str], findings: Sequence[Finding], bound:
         "rows": case.rows,
         "attacks": list(attacks),
         "sum_only": case.sum_only,
+        "encrypted": recipe.homomorphic is not None,
         "noise": said(uses(recipe, len(silos.names), examples if private else {})) if private else [],
         "open": open_ends(recipe) if private else [],
         "at_server": any(use.by == "server" for use in uses(recipe, len(silos.names))) if private else False,

@@ -13,6 +13,9 @@ from fedllm.app.report.figure import COLOURS, Figure, axis, bars, figure, folded
 from fedllm.app.report.page import HERE, policy, when
 from fedllm.app.report.words import number, plain
 
+AFTER = 10
+"""Tensors shown after those that a recipe had best name."""
+
 
 def render(result: Mapping[str, Any]) -> str:
     """Return the page of an audit, from what `privacy.json` has."""
@@ -38,6 +41,7 @@ def render(result: Mapping[str, Any]) -> str:
         noise=[plain(each, 240) for each in result["noise"]],
         open=[plain(each, 240) for each in result["open"]],
         facts=facts(result),
+        tensors=tensors(result),
         specs=[made.spec for made in figures],
         policy=policy(scripts),
         scripts=[Markup(script) for script in scripts],
@@ -91,6 +95,24 @@ def shown(text: Mapping[str, Any]) -> dict[str, str]:
         "built": plain(text["built"], 400) if text["built"] else "",
         "named": named,
     }
+
+
+def tensors(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the tensors as rows: those that a recipe had best name, and some that come after them."""
+    each = result.get("tensors", {}).get("each", [])
+    named = sum(one["named"] for one in each)
+    rows = [
+        {
+            "name": plain(one["name"], 100),
+            "values": f"{one['values']:.2%}",
+            "sensitivity": f"{one['sensitivity']:.2%}",
+            "named": "yes" if one["named"] else "",
+        }
+        for one in each[: named + AFTER]
+    ]
+    more = len(each) - len(rows)
+    rest = {"name": f"… {more} more, in privacy.json", "values": "", "sensitivity": "", "named": ""}
+    return [*rows, rest] if more else rows
 
 
 def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:

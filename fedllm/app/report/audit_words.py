@@ -201,7 +201,9 @@ def cards(result: Mapping[str, Any]) -> list[dict[str, str]]:
 def lead(result: Mapping[str, Any]) -> list[str]:
     """Return the answer: what leaks beyond chance, what does not, and what stood in between."""
     if not result["findings"]:
-        return ["Nothing could be attacked: the run has too little text for these attacks.", protection(result)]
+        tried = [key for key in result["attacks"] if key in SECTIONS]
+        said = ["Nothing could be attacked: the run has too little text for these attacks."] if tried else []
+        return [*said, protection(result), *sensitive(result)]
     leaks, holds = list[str](), list[str]()
     for key, measure, case, title in HEADLINES:
         found = strongest(result, key, measure, case)
@@ -209,16 +211,31 @@ def lead(result: Mapping[str, Any]) -> list[str]:
             text = found_text(found)
             (leaks if found["leaks"] else holds).append(f"{title}, {text['value']} (chance {text['chance']})")
     if not leaks:
-        return ["No attack got more than chance.", protection(result)]
+        return ["No attack got more than chance.", protection(result), *sensitive(result)]
     said = [f"Attacks got more than chance in {len(leaks)} of {len(leaks) + len(holds)} respects: {'; '.join(leaks)}."]
-    return [*said, *([f"Not beyond chance: {'; '.join(holds)}."] if holds else []), protection(result)]
+    said += [f"Not beyond chance: {'; '.join(holds)}."] if holds else []
+    return [*said, protection(result), *sensitive(result)]
+
+
+def sensitive(result: Mapping[str, Any]) -> list[str]:
+    """Say which tensors tell the most of the text, and how a recipe names them."""
+    if not (told := result.get("tensors")):
+        return []
+    named = [each for each in told["each"] if each["named"]]
+    values, share = (value_text(sum(each[key] for each in named), True) for key in ("values", "sensitivity"))
+    return [
+        f"Of {len(told['each'])} tensors of an update the {len(named)} most sensitive have {values} of its values and "
+        f"{share} of the sensitivity. To encrypt these alone, the others being seen: {told['setting']}"
+    ]
 
 
 def protection(result: Mapping[str, Any]) -> str:
     """Say what stood between the attacker and the text in this run."""
     if result["sum_only"]:
         noise = ", with noise in it" if result["noise"] else ""
-        return f"In this run the server sees the updates' sum only{noise}, and that sum is what was attacked."
+        sums = f"In this run the server sees the updates' sum only{noise}, and that sum is what was attacked."
+        key = " Whoever has the silos' key, with which all updates were encrypted, sees each of them."
+        return sums + key * bool(result.get("encrypted"))
     if not result["noise"]:
         return "In this run the server sees each silo's update, and no noise is on it."
     if result["at_server"]:

@@ -1,7 +1,8 @@
 """What a recipe says of homomorphic encryption, and which tensors it means.
 
 FedML-HE (Jin et al. 2023, arXiv:2303.10837) encrypts the parameters that are most sensitive by a map that silos make of
-their text. Here whole tensors are chosen by name, before a run: no message of their own is needed for it.
+their text. Here whole tensors are chosen by name, before a run: no message of their own is needed for it. Which ones an
+audit of a rehearsal says, by that map (`audit/sensitivity.py`).
 """
 
 from __future__ import annotations
