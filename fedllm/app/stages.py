@@ -214,9 +214,10 @@ def tell(report: Report) -> dict[str, Any]:
 
 
 def told_in_sums(report: Report) -> tuple[Report, dict[str, float]]:
-    """Return a report without what sums tell of losses, and the mean `loss`, of how many, and how many count as less.
+    """Return a report without what sums tell of losses, and their mean: `loss`, of how many `silos`.
 
-    The mean is over the silos of all sums in which each silo has a loss; it is that of the weights before the round.
+    They are the silos of all sums in which each has a loss, on the weights before the round. Of those `beyond` the loss
+    is more than counts.
     """
     whole = dict.fromkeys((TOTAL, COUNT, BEYOND), 0.0)
     for key, value in report.items():
@@ -239,7 +240,8 @@ def round_line(event: Mapping[str, Any], rounds: int) -> str:
     """Say a round in one line."""
     loss = f", {said(event)}" if event.get("loss") or event.get("accuracy") else ""
     if "summed" in event:
-        loss = f", mean held-out loss {event['summed']['loss']:.3f} before it"
+        more = " or more" if event["summed"]["beyond"] else ""
+        loss = f", mean held-out loss {event['summed']['loss']:.3f}{more} before it"
     slow = event.get("late", [])
     lost = [name for name in event["dropped"] if name not in slow]
     dropped = "".join(f", {word} {', '.join(names)}" for word, names in (("dropped", lost), ("late", slow)) if names)
