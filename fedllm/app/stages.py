@@ -226,7 +226,7 @@ def told_in_sums(report: Report) -> tuple[Report, dict[str, float]]:
     plain = {key: value for key, value in report.items() if key.partition(".")[0] not in whole}
     if not whole[COUNT]:
         return plain, {}
-    return plain, {"loss": whole[TOTAL] / whole[COUNT], "silos": whole[COUNT], "beyond": whole[BEYOND]}
+    return plain, {"loss": whole[TOTAL] / whole[COUNT], "silos": int(whole[COUNT]), "beyond": int(whole[BEYOND])}
 
 
 def late(report: Report) -> dict[str, list[str]]:

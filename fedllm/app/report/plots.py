@@ -203,6 +203,6 @@ def history(run: Run) -> Figure | None:
     thick = line("mean", COLOURS["federated"], numbers, middle)
     traces.append(thick | {"line": {"width": 4, "color": COLOURS["federated"]}})
     caption = "Each silo counts alike in the mean. The axis does not start at zero."
-    caption += " It was told in secure sums: that of a round is of the weights before it." * bool(summed)
+    caption += " It was told in secure sums, each in the round after; of the last round none was." * bool(summed)
     x, y = rounds_axis(numbers), axis("held-out loss (nats per token)")
     return figure("Held-out loss of the federated model after each round", caption, traces, 330, x=x, y=y)

@@ -60,9 +60,11 @@ def note(run: Run) -> str:
         if part(run.start, "holds").get("groups")
         else ""
     )
+    kept = run.start.get("losses") == "kept"
+    told = "names, and of their losses no more than the mean" if kept else "names, how much each has, and their losses"
     return (
-        f"This file holds no example of any silo.{groups} It does hold the silos' names, how much each has, "
-        "and their losses: share it with those who may know these."
+        f"This file holds no example of any silo.{groups} It does hold the silos' {told}: share it with those who may "
+        "know these."
     )
 
 
