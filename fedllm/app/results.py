@@ -184,14 +184,12 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         shares = ", ".join(f"{kind} {mean(values):.1%}" for kind, values in right.items())
         return f"Right answers, mean over silos: {shares}."
     if metrics.get("losses_kept"):
-        kept = "No silo told its held-out loss (secure.losses is false)"
+        silent = "No silo told its held-out loss (secure.losses is false)"
         if summed := metrics.get("summed_loss"):
-            first, last = summed[0], summed[-1]
-            return (
-                f"{kept}; the mean of all, told in sums, was {first['loss']:.3f} after {many(first['after'], 'round')} "
-                f"and {last['loss']:.3f} after {many(last['after'], 'round')}."
-            )
-        return f"{kept}; of the model's quality only the server's own files tell (evaluate.general, choice and exact)."
+            ends = (summed[0], summed[-1])
+            first, last = (f"{each['loss']:.3f} after {many(each['after'], 'round')}" for each in ends)
+            return f"{silent}; the mean of all, told in sums, was {first} and {last}."
+        return f"{silent}; of the model's quality only the server's files tell (evaluate.general, choice and exact)."
     if not federated:
         return "No federated model has been evaluated yet."
     sentences = [f"The federated model's mean held-out loss is {mean(federated):.3f}"]
