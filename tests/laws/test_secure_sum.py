@@ -224,7 +224,7 @@ def test_one_silo_that_counts_as_many_spoils_the_round_and_not_the_sum():
     def fault(op, replies):
         if op != TRAIN:
             return replies
-        tail = replies[0].tensors[TAIL] + torch.tensor([2, 0, 0], dtype=torch.int32)
+        tail = replies[0].tensors[TAIL] + torch.tensor([2, 0, 0, 0, 0, 0], dtype=torch.int32)
         return [replies[0]._replace(tensors={**replies[0].tensors, TAIL: tail}), *replies[1:]]
 
     reply = Wire(fault=fault).round(names_of(5))
