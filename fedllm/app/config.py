@@ -128,6 +128,8 @@ class Secure(Closed):
     largest_value: float | None = Field(None, gt=0)
     losses: bool = False
     """Let each silo tell its held-out loss and how many examples it has; else neither leaves it."""
+    mean_loss: bool = True
+    """Add up the silos' held-out losses with the updates, where none tells its own and there is no noise."""
 
 
 class Homomorphic(Closed):

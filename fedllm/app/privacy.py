@@ -76,7 +76,8 @@ def keeps_losses(recipe: Recipe) -> bool:
 
 def sums_losses(recipe: Recipe) -> bool:
     """Say whether the silos' held-out losses are told in a sum alone; with noise they are not, having none on them."""
-    return keeps_losses(recipe) and not is_private(recipe)
+    asked = recipe.secure is not None and recipe.secure.mean_loss
+    return asked and keeps_losses(recipe) and not is_private(recipe)
 
 
 def hides_records(recipe: Recipe) -> bool:

@@ -31,7 +31,7 @@ def secure_part(wanted: Wanted) -> list[Middleware]:
 
 def settings_of(table: Secure) -> Settings:
     """Return what a recipe's table says of the sum itself."""
-    return Settings(**table.model_dump(exclude={"losses"}))
+    return Settings(**table.model_dump(exclude={"losses", "mean_loss"}))
 
 
 def one_sum(recipe: Recipe) -> Recipe:
@@ -76,12 +76,12 @@ def secure_lines(recipe: Recipe, silos: int) -> list[str]:
 
 def mean_lines(recipe: Recipe) -> list[str]:
     """Say what is told of the silos' held-out losses together, where that of none is."""
-    if not keeps_losses(recipe):
+    if recipe.secure is None or not recipe.secure.mean_loss or not keeps_losses(recipe):
         return []
     if not sums_losses(recipe):
         return ["             nor the mean of their held-out losses, since it has no noise on it"]
     often = f" (every {recipe.evaluate.every} rounds)" if recipe.evaluate.every > 1 else ""
     return [
         f"in the sum   the silos' held-out losses on the weights that a round begins with{often}: their mean is told, "
-        "where all in the sum have text to measure it on"
+        "where all in the sum add theirs (secure.mean_loss = false, or a site's policy.metrics without loss: none)"
     ]

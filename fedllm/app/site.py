@@ -45,6 +45,9 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
     # The other silos are none of its matters, and who is left out is not asked.
     rows = {name: keys for name, keys in recipe.without.rows.items() if name == site.name}
     recipe = recipe.model_copy(update={"without": Without(rows=rows)})
+    if recipe.secure and "loss" not in site.policy.metrics:
+        # What is masked cannot be taken out of a reply.
+        recipe = recipe.model_copy(update={"secure": recipe.secure.model_copy(update={"mean_loss": False})})
     if recipe.endpoint:
         # Where its text goes is the site's to say, whatever the recipe says.
         url = model.url if model else None

@@ -75,7 +75,7 @@ def test_the_sum_over_desks_is_that_of_one_machine_and_close_to_the_plain_mean(p
         for other in (here, plain):
             assert float((value - other[name]).abs().max()) < 1e-6
     event = rounds(far)[0]
-    assert "train_loss" not in event and event["tokens"] == 0
+    assert "train_loss" not in event and event["tokens"] == 0 and event["summed"]["silos"] == 4
 
 
 def test_a_site_that_is_lost_after_it_shared_its_keys_does_no_harm(place, recipe, sites):
@@ -97,6 +97,15 @@ def test_sites_that_insist_on_sums_refuse_a_recipe_without(place, recipe, sites)
 
     with pytest.raises(FedllmError, match=r"add \[secure\] to the recipe"):
         federate(place / "bare", recipe.model_copy(update={"secure": None}), line_to(sites), NAMES)
+
+
+def test_no_mean_loss_is_told_where_a_site_lets_no_loss_out(place, recipe, tmp_path):
+    data, model = f'train = "{place}/{{}}.jsonl"', str(place / "model")
+    own = {name: INSISTS + 'metrics = ["tokens"]\n' * (name == "c") for name in NAMES}
+    with desks([make_site(tmp_path / name, name, data.format(name), model, own[name]) for name in NAMES]) as sites:
+        folder = federate(tmp_path / "run", recipe.model_copy(update={"rounds": 1}), line_to(sites), NAMES)
+    (event,) = rounds(folder)
+    assert event["clients"] == 4 and "summed" not in event
 
 
 def test_a_sites_desk_does_each_phase_once_a_round():

@@ -61,7 +61,11 @@ def test_a_mask_taken_off_leaves_what_was_there(kind, size):
 def test_a_box_opens_with_its_key_about_what_it_was_sealed():
     box = sealed(b"k" * 32, b"p" * 64, b"about")
     assert len(box) == 92 and unsealed(b"k" * 32, box, b"about") == b"p" * 64
-    for key, data, about in [(b"l", box, b"about"), (b"k", box, b"other"), (b"k", box[:-1] + bytes([box[-1] ^ 1]), b"about")]:
+    for key, data, about in [
+        (b"l", box, b"about"),
+        (b"k", box, b"other"),
+        (b"k", box[:-1] + bytes([box[-1] ^ 1]), b"about"),
+    ]:
         with pytest.raises(Refused, match="was not sealed"):
             unsealed(key * 32, data, about)
 
