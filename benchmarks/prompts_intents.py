@@ -13,7 +13,7 @@ from fedllm.runtime.store import read_events
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "intents.toml"
 
-SHORTER = ("rounds=6", "evaluate.every=6", "data.limit_test=5")
+SHORTER = ("rounds=4", "evaluate.every=4", "data.limit_test=6")
 """Fewer rounds than the recipe's twenty, and fewer held-out rows than its eight: an hour of one core is enough."""
 
 
