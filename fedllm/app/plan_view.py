@@ -24,10 +24,11 @@ from fedllm.app.privacy import (
 from fedllm.app.secure import secure_lines
 from fedllm.app.terminal import amount, many
 from fedllm.core.plan import size
-from fedllm.core.round import largest, parts_of
+from fedllm.core.round import apart, largest, parts_of
 from fedllm.core.types import Facts, Share, Tensors, on_meta
 from fedllm.exchange.availability import told
 from fedllm.exchange.ledger import spent
+from fedllm.runtime.remote import LARGE
 
 ADAMW_BYTES = 12
 """Gradient and two moments in float32, a trained value."""
@@ -149,10 +150,15 @@ def memory(parts: Parts) -> int:
 
 
 def server(parts: Parts) -> int:
-    """Return what the server holds: the first and the present parameters, optimiser state, the sum and an update."""
+    """Return what the server holds: the first and the present parameters, optimiser state, the sum and an update.
+
+    Of replies that stay in their files there are the sum and an update of one tensor.
+    """
     like, recipe = on_meta(parts.params), parts.recipe
     come = parts.algorithm.down(like) if parts.method else largest(updates(parts))
     part = sum(value.numel() for value in come.values())
+    if away(parts) and size(come.values()) > LARGE and in_files(parts):
+        part = max(value.numel() for value in come.values())
     state = parts.algorithm.init(like)
     sums = recipe.secure.groups if recipe.secure else 1
     held = MEAN_BYTES
@@ -161,6 +167,13 @@ def server(parts: Parts) -> int:
     # What comes back in another form than the parameters have is also stepped from in that form.
     other = size(value for name, value in come.items() if name not in like)
     return 2 * size(like.values()) + other + size(state.optimiser.values()) + part * (held + 4 * sums)
+
+
+def in_files(parts: Parts) -> bool:
+    """Say whether large replies can stay in their files: nothing that happens to them needs more than a tensor."""
+    recipe = parts.recipe
+    used = transforms(recipe, len(parts.silos.names), parts.secret)
+    return not (parts.method or recipe.secure or recipe.homomorphic) and apart(used)
 
 
 def updates(parts: Parts) -> list[Tensors]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedllm.app import plan_view
+from fedllm.app.build import build as parts_of_run
+from fedllm.app.config import read_recipe
 from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError
 from fedllm.core.plan import plan
@@ -14,6 +17,8 @@ from fedllm.exchange.cast import cast
 from fedllm.exchange.clip import clip
 from fedllm.exchange.lora_error import lora_error
 from fedllm.exchange.top_k import top_k
+from fedllm.silo.trainables import parameters
+from tests.tiny import write_model
 
 
 def never(*args):
@@ -60,3 +65,20 @@ def test_a_part_that_needs_each_update_is_refused_behind_a_sum():
     summing = Middleware("secure sum", lambda exchange: exchange, claim=lambda facts: facts._replace(sees="sum"))
     with pytest.raises(FedllmError, match="drop the probe"):
         plan(build(middleware=[summing], probes=[lora_error()]), PARAMS)
+
+
+def test_of_replies_in_files_the_server_holds_a_sum_of_one_tensor(tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    table = {"model": str(tmp_path / "model"), "rounds": 1, "trainable": {"name": "full"}, "task": {"name": "causal"}}
+
+    def held(**more):
+        return plan_view.server(parts_of_run(read_recipe({**table, **more}), weights=False, elsewhere=["a", "b"]))
+
+    clip = {"transforms": [{"name": "clip", "max_norm": 1.0}]}
+    small, clipped = held(), held(**clip)
+    monkeypatch.setattr(plan_view, "LARGE", 0)
+    sizes = [value.numel() for value in parameters(parts_of_run(read_recipe(table), False, ["a"]).model).values()]
+    # The exact sum's 16 bytes a value, and an update's 4.
+    assert small - held() == 20 * (sum(sizes) - max(sizes))
+    # A clip looks at all of an update at once.
+    assert held(**clip) == clipped
