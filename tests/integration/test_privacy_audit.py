@@ -55,7 +55,10 @@ def test_an_audit_says_what_leaks_and_changes_nothing_else(place, monkeypatch, c
     # Seven of eight tokens at most: the last of a text is read by nobody.
     one = found(result, "one record, plain step")
     assert one["span check"]["found"]["value"] > 0.7 and one["span check"]["leaks"]
-    assert set(one) == {"span check", "embedding rows"}
+    assert set(one) == {"span check", "embedding rows", "descent"}
+    assert set(found(result, "one record, 4 of the run's own steps")) == set(one)
+    assert "descent" in found(result, "one record, AdamW step", "text recovered in order (ROUGE-L)")
+    assert result["descent"].startswith("2 records a case at most")
     assert found(result, "sum of 2 silos, one's text") and found(result, "a round as sent")
     areas = found(result, "the finished model", "AUC")
     assert set(areas) == {"loss", "loss against the base model", "Min-K%"}
@@ -98,7 +101,7 @@ def test_noise_at_the_silo_brings_the_attacks_to_chance_and_the_ledger_stands_be
 
 def test_noise_at_the_server_leaves_the_update_as_the_server_sees_it(place):  # noqa: F811
     from fedllm.app.audits.case import open_case
-    from fedllm.app.audits.views import one_step, round_of, sampled
+    from fedllm.app.audits.views import round_of, sampled, steps_on_one
     from fedllm.app.progress import Ui
 
     made = recipe(
@@ -109,7 +112,7 @@ def test_noise_at_the_server_leaves_the_update_as_the_server_sees_it(place):  # 
     )
     case = open_case(fedllm.run(made, place / "run"), 0, 2, 8, 0, Ui(None))
     data = {name: sampled(case, name, 1) for name in "ab"}
-    view = round_of(case, one_step(case, 20, plain=True), data)
+    view = round_of(case, steps_on_one(case, 20, plain=True), data)
     norms = {name: sum(float(v.norm()) ** 2 for v in update.values()) ** 0.5 for name, update in view.each.items()}
     assert all(norm <= 0.5 * 1.001 for norm in norms.values())
     count = sum(value.numel() for value in view.whole.values())
@@ -201,6 +204,7 @@ RESULT = {
     "tokens": 24,
     "rows": 256,
     "attacks": ["updates", "membership", "canaries", "origin"],
+    "descent": "4 records a case at most",
     "sum_only": False,
     "noise": [],
     "open": [],

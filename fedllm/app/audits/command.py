@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedllm.app.audits.case import Case, open_case, recipe_in
+from fedllm.app.audits.descents import how_far
 from fedllm.app.audits.findings import Finding
 from fedllm.app.audits.learned import Bound, membership, secrets_kept
 from fedllm.app.audits.tensors import most_sensitive
@@ -94,6 +95,7 @@ def told(case: Case, attacks: Sequence[str], findings: Sequence[Finding], bound:
         "tokens": case.tokens,
         "rows": case.rows,
         "attacks": list(attacks),
+        "descent": how_far(case),
         "sum_only": case.sum_only,
         "encrypted": recipe.homomorphic is not None,
         "noise": said(uses(recipe, len(silos.names), examples if private else {})) if private else [],

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from fedllm.app.audits.case import Case
+from fedllm.app.audits.descents import descents
 from fedllm.app.audits.findings import Finding, against
-from fedllm.app.audits.views import View, Watched, one_step, round_of, sampled
+from fedllm.app.audits.targets import ATTACKS, Recovered, Target
+from fedllm.app.audits.views import View, Watched, round_of, sampled, steps_on_one
 from fedllm.audit.recovery import by_frequency, rouge_l, token_recall
 from fedllm.audit.rows import likeliest, row_scores
 from fedllm.audit.span import span_distances, span_text
-from fedllm.core.types import Tensors
 from fedllm.exchange.secure.graph import dealt
 from fedllm.silo.examples import Example
 
-ATTACKS = {"rows": "embedding rows", "span": "span check"}
 ORDERED = 64
 """Tokens up to which a text is put in order: each step looks at all candidates again."""
-
-
-class Target(NamedTuple):
-    """A text to recover, and the update out of which."""
-
-    text: Sequence[int]
-    update: Tensors
-    length: int
-    """Tokens that the attacker takes to be in the update: of a sum those of all texts in it."""
-
-
-class Recovered(NamedTuple):
-    """A trial as it went: the best attack's tokens or text, for those who may see it."""
-
-    text: Sequence[int]
-    named: Sequence[int]
-    built: Sequence[int]
+SEVERAL = 4
+"""Steps on one record in a row that are attacked beside a single one."""
 
 
 def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
@@ -46,16 +30,19 @@ def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
     drawn = {name: sampled(case, name, times) for name in names}
     records = min(len(silos.examples(name)["train"]) for name in names)
     findings, shown = list[Finding](), list[Recovered]()
-    kinds = [("one record, plain step", True)]
+    kinds = [("one record, plain step", True, 1)]
     if case.recipe.client.get("optimiser", "adamw") != "sgd":
-        kinds.append(("one record, AdamW step", False))
-    for said, plain in kinds:
-        views = [one_each(case, drawn, place, records, plain) for place in range(times)]
-        texts = [{name: drawn[name][place % len(drawn[name])].input_ids for name in names} for place in range(times)]
+        kinds.append(("one record, AdamW step", False, 1))
+    if not case.sum_only:
+        kinds.append((f"one record, {SEVERAL} of the run's own steps", False, SEVERAL))
+    for said, plain, steps in kinds:
+        views = [one_each(case, drawn, place, records, plain, steps) for place in range(times)]
+        told = [{name: drawn[name][place % len(drawn[name])] for name in names} for place in range(times)]
+        texts = [{name: example.input_ids for name, example in each.items()} for each in told]
         singles = [
-            Target(text, view.each[name], len(text))
-            for view, told in zip(views, texts, strict=True)
-            for name, text in told.items()
+            Target(example.input_ids, view.each[name], len(example.input_ids), [label >= 0 for label in example.labels])
+            for view, each in zip(views, told, strict=True)
+            for name, example in each.items()
             if name in view.each
         ][: case.trials]
         found, recovered = attacked(case, said, singles, common)
@@ -86,10 +73,12 @@ def in_sum(
     return findings + attacked(case, f"{said}, all texts", every, common)[0]
 
 
-def one_each(case: Case, drawn: Mapping[str, Sequence[Example]], place: int, records: int, plain: bool) -> View:
+def one_each(
+    case: Case, drawn: Mapping[str, Sequence[Example]], place: int, records: int, plain: bool, steps: int = 1
+) -> View:
     """Return what is to be seen of a round in which every silo trains on one record."""
     data = {name: [examples[place % len(examples)]] for name, examples in drawn.items()}
-    return round_of(case, one_step(case, records, plain), data)
+    return round_of(case, steps_on_one(case, records, plain, steps), data)
 
 
 def as_sent(case: Case, names: Sequence[str], common: Sequence[int]) -> list[Finding]:
@@ -111,7 +100,7 @@ def as_sent(case: Case, names: Sequence[str], common: Sequence[int]) -> list[Fin
 def attacked(
     case: Case, said: str, targets: Sequence[Target], common: Sequence[int]
 ) -> tuple[list[Finding], list[Recovered]]:
-    """Run both attacks on every target, and hold what they name against a guess by frequency."""
+    """Run the attacks on every target, and hold what they name against a guess by frequency."""
     if not targets:
         return [], []
     model = case.parts.model
@@ -129,7 +118,7 @@ def attacked(
                 if target.length <= ORDERED:
                     built.append(span_text(model, target.update, order[: len(set(target.text))], length))
             case.ui.tick(length)
-    findings = []
+    findings = list[Finding]()
     for attack, orders in named.items():
         recalls = [token_recall(order, target.text) for order, target in zip(orders, targets, strict=True)]
         findings.append(against(ATTACKS[attack], said, "tokens recovered", recalls, guessed, case.seed))
@@ -137,6 +126,7 @@ def attacked(
         whole = [rouge_l(text, target.text) for text, target in zip(built, targets, strict=True)]
         in_order = [rouge_l(common[: len(target.text)], target.text) for target in targets]
         findings.append(against("span check", said, "text recovered in order (ROUGE-L)", whole, in_order, case.seed))
+    findings += descents(case, said, targets, named, common)
     orders = named.get("span") or named.get("rows") or []
     texts = built if len(built) == len(targets) else [[] for _ in targets]
     return findings, [

@@ -95,12 +95,12 @@ def round_of(case: Case, work: Work, data: Mapping[str, Sequence[Example]], numb
     return View(each, subtract(params, after.params))
 
 
-def one_step(case: Case, records: int, plain: bool) -> Work:
-    """Return work on one record in one step: of `plain` gradient descent with rate 1, or of the recipe's optimiser.
+def steps_on_one(case: Case, records: int, plain: bool, steps: int = 1) -> Work:
+    """Return work on one record in `steps`: of `plain` gradient descent with rate 1, or of the recipe's optimiser.
 
     Noise of a silo's own is as strong as where it has so many `records`.
     """
-    changes: dict[str, Any] = {"steps": 1, "epochs": None, "batch_size": 1, "micro_batch": 1}
+    changes: dict[str, Any] = {"steps": steps, "epochs": None, "batch_size": 1, "micro_batch": 1}
     changes |= {"schedule": "constant", "warmup": 0, "floor": 0}
     if plain:
         changes |= {"optimiser": "sgd", "weight_decay": 0.0}

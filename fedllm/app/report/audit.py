@@ -124,6 +124,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Silos", f"{number(result['silos'])} with {number(result['examples'])} examples"),
         ("Attacks", ", ".join(names)),
         ("Records attacked", f"{number(result['trials'])}, cut to {number(result['tokens'])} tokens"),
+        *([("Descent on gradients", plain(result["descent"], 120))] if "updates" in result["attacks"] else []),
         ("Texts for membership", f"{number(result['rows'])} of each kind at most"),
         ("Seed", str(result["seed"])),
     ]

@@ -66,7 +66,7 @@ SECTIONS = {
 }
 
 OF = {
-    "updates": ("embedding rows", "span check"),
+    "updates": ("embedding rows", "span check", "descent"),
     "membership": ("loss", "loss against the base model", "Min-K%"),
     "canaries": ("exposure", "prompting"),
     "origin": ("nearest update", "lowest loss"),
@@ -76,6 +76,7 @@ OF = {
 HOW = {
     "embedding rows": "looks for the rows of the embedding that moved",
     "span check": "looks for tokens that lie in the span of the first layer's update",
+    "descent": "seeks a text whose gradient is the update",
     "loss": "takes texts of low loss for training records",
     "loss against the base model": "takes texts whose loss fell most for training records",
     "Min-K%": "looks at the least likely tokens of a text",
