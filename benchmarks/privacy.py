@@ -11,7 +11,8 @@ has different ones. `recall_plain` is the better attack's share of right ones, `
 common tokens of held-out text; `recall_sum` is what the sum of the nine gives for the text of one of them;
 `recall_dp` is with noise at the silo for epsilon = 8 at delta = 1e-5, all of it spent on this one step, which is the
 least noise that any run with that epsilon has. `recall_secagg` is what the server has of the text of one of them when
-the nine add up securely, `recall_secagg_all` what it has of all nine texts together.
+the nine add up securely, `recall_secagg_all` what it has of all nine texts together. `descent_*` is what the descent on
+gradients gets of four of the records: from a plain step, an AdamW step, four of those in a row, a plain one with noise.
 
 *Exposure*: three institutions with few rows learn them and random secrets, each planted eight times by the toss of a
 coin, without noise and with record-level noise for epsilon = 8 over the run. Exposure is in bits, 8 at most; a secret
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from benchmarks.privacy_utility import utility
 from fedllm.app.audits.case import open_case
 from fedllm.app.audits.findings import Finding
 from fedllm.app.audits.learned import secrets_kept
-from fedllm.app.audits.updates import attack_updates
+from fedllm.app.audits.targets import ATTACKS
+from fedllm.app.audits.updates import SEVERAL, attack_updates
 from fedllm.app.progress import Ui
 from fedllm.exchange.accounting import Mechanism, noise_for
 
@@ -114,13 +116,35 @@ def inversion(data: Path, folder: Path) -> dict[str, Any]:
         "rouge_l_plain": round(rouge.found.value, 4),
         "rouge_l_dp": round(noised_rouge.found.value, 4),
         "rouge_l_chance": round(rouge.chance, 4),
+        **descents(found),
     }
 
 
 def strongest(findings: Sequence[Finding], case: str, measure: str = "tokens recovered") -> Finding:
-    """Return the attack that found most in a case."""
+    """Return the attack that found most in a case, among those that were tried on all of its records."""
     own = [each for each in findings if each.case == case and each.measure == measure]
-    return max(own, key=lambda each: each.found.value)
+    tried = max(each.found.n for each in own)
+    return max((each for each in own if each.found.n == tried), key=lambda each: each.found.value)
+
+
+def descents(found: Mapping[str, Sequence[Finding]]) -> dict[str, Any]:
+    """Return what the descent on gradients, which is tried on few records, found in each of the cases it had."""
+    cases = {
+        "plain": ("plain", "one record, plain step"),
+        "adamw": ("plain", "one record, AdamW step"),
+        "several": ("plain", f"one record, {SEVERAL} of the run's own steps"),
+        "dp": ("dp", "one record, plain step"),
+    }
+    measures = {"recall": "tokens recovered", "rouge_l": "text recovered in order (ROUGE-L)"}
+    result = dict[str, Any]()
+    for key, (run, case) in cases.items():
+        for name, measure in measures.items():
+            for each in found[run]:
+                if (each.attack, each.case, each.measure) == (ATTACKS["descent"], case, measure):
+                    result[f"descent_{name}_{key}"] = round(each.found.value, 4)
+                    result[f"descent_{name}_{key}_interval"] = [round(each.found.low, 4), round(each.found.high, 4)]
+                    result["descent_trials"] = each.found.n
+    return result
 
 
 def exposure(data: Path, folder: Path, private: bool) -> dict[str, Any]:
