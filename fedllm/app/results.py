@@ -186,9 +186,8 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if metrics.get("losses_kept"):
         silent = "No silo told its held-out loss (secure.losses is false)"
         if summed := metrics.get("summed_loss"):
-            ends = (summed[0], summed[-1])
-            first, last = (f"{each['loss']:.3f} after {many(each['after'], 'round')}" for each in ends)
-            return f"{silent}; the mean of all, told in sums, was {first} and {last}."
+            told = [f"{each['loss']:.3f} after {many(each['after'], 'round')}" for each in (summed[0], summed[-1])]
+            return f"{silent}; the mean of all, told in sums, was {' and '.join(told)}."
         return f"{silent}; of the model's quality only the server's files tell (evaluate.general, choice and exact)."
     if not federated:
         return "No federated model has been evaluated yet."
