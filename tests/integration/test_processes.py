@@ -103,7 +103,9 @@ def test_a_run_with_two_processes_is_that_with_one(place, tmp_path):
         assert furthest(memories[0][name], memories[1][name]) < 1e-4
     for left, right in zip(read_events(one), read_events(two), strict=True):
         if left["event"] == "round":
-            assert left["tokens"] == right["tokens"] and left["bytes_up"] == right["bytes_up"]
+            assert left["tokens"] == right["tokens"]
+            # A loss that differs in its last digit may be written with one digit less.
+            assert left["bytes_up"] == pytest.approx(right["bytes_up"], abs=32)
             assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-5)
             assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
 
