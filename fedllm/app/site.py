@@ -37,7 +37,7 @@ def own_recipe(asked: Mapping[str, Any], site_toml: Path) -> Recipe:
         "select": {"name": "everyone"},
         "transforms": [here_of(part) for part in asked.get("transforms", [])],
         "runtime": "local",
-        "threads": site.threads,
+        "threads": site.threads or asked.get("threads"),
         "processes": site.processes,
         "model": str(here / Path(model.path).expanduser()) if model and model.path else asked["model"],
     }

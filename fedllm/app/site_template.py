@@ -5,7 +5,7 @@ from __future__ import annotations
 TEMPLATE = """\
 # This file belongs to the site. Nothing is done here that it does not allow.
 name = "{name}"
-# threads = 2                       # processor threads of training; all of them if nothing is said
+# threads = 2                       # processor threads of training; those of the recipe, or all, if nothing is said
 # processes = 2                     # processes that share the model that is trained here; on GPUs one each
 
 [data]

@@ -50,6 +50,14 @@ def test_a_site_names_the_api_and_the_variable_of_its_key_itself(tmp_path):
         assert (own.url, own.key_env) == ("https://ours.example/v1", key)
 
 
+@pytest.mark.parametrize(("own", "asked", "used"), [(2, 1, 2), (None, 1, 1), (None, None, None)])
+def test_threads_are_those_of_the_site_and_else_of_the_recipe(tmp_path, own, asked, used):
+    said = f"threads = {own}\n" if own else ""
+    (tmp_path / "site.toml").write_text(f'name = "a"\n{said}[data]\ntrain = "a.jsonl"\n')
+    told = recipe() | ({"threads": asked} if asked else {})
+    assert own_recipe(told, tmp_path / "site.toml").threads == used
+
+
 CENTRAL = {"name": "central_dp", "max_norm": 1.0, "noise": 1.0}
 LOCAL = {"name": "local_dp", "max_norm": 1.0, "noise": 20.0}
 TOGETHER = {"name": "distributed_dp", "max_norm": 1.0, "noise": 20.0}
