@@ -14,6 +14,7 @@ import fedllm
 from fedllm.app.build import Parts, build
 from fedllm.app.config import Recipe, Without, read_recipe, read_toml, write_recipe
 from fedllm.app.duplicates import between
+from fedllm.app.lean import lean
 from fedllm.app.live import Lines, Live
 from fedllm.app.privacy import has_secret, is_private, keeps_losses, resolved
 from fedllm.app.run import go
@@ -60,7 +61,7 @@ def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
             write_text(folder / "recipe.toml", write_recipe(recipe))
         names = taking_part(folder, recipe, line, expected, live)
         live.say("opening the model")
-        parts = build(recipe, elsewhere=names, secret=secret)
+        parts = lean(build(recipe, elsewhere=names, secret=secret), folder / "spool")
         nodes = reach(folder, parts, line, live)
         go(folder, parts, ui, nodes)
 

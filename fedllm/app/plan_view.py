@@ -10,6 +10,7 @@ from fedllm.app.build import Parts, counts, longest, row_tokens
 from fedllm.app.catalog import make
 from fedllm.app.config import Recipe
 from fedllm.app.homomorphic import homomorphic_lines
+from fedllm.app.lean import can_be_lean
 from fedllm.app.privacy import (
     UNITS,
     hides_records,
@@ -141,7 +142,9 @@ def memory(parts: Parts) -> int:
     """Return the bytes expected: weights, the server's half, and on one machine the silos' training and memory too."""
     processes, weights = parts.recipe.processes, size(parts.model.parameters())
     if away(parts):
-        return PROCESS_BYTES + weights + server(parts)
+        # A lean server has the model's weights when it no longer has what rounds need.
+        told = server(parts)
+        return PROCESS_BYTES + (max(told, 2 * weights) if can_be_lean(parts) else weights + told)
     together = parts.ranks is not None
     # A silo's own start, gradient, optimiser state and update; a cohort has those of all its members.
     training = parts.plan.parameters * (ADAMW_BYTES + 4 + 4) * parts.width
@@ -152,21 +155,23 @@ def memory(parts: Parts) -> int:
 def server(parts: Parts) -> int:
     """Return what the server holds: the first and the present parameters, optimiser state, the sum and an update.
 
-    Of replies that stay in their files there are the sum and an update of one tensor.
+    Of replies that stay in their files there are the mean of one tensor and sums of a part of it; the first parameters
+    of a lean server lie in a file.
     """
     like, recipe = on_meta(parts.params), parts.recipe
     come = parts.algorithm.down(like) if parts.method else largest(updates(parts))
-    part = sum(value.numel() for value in come.values())
-    if away(parts) and size(come.values()) > LARGE and in_files(parts):
-        part = max(value.numel() for value in come.values())
     state = parts.algorithm.init(like)
     sums = recipe.secure.groups if recipe.secure else 1
     held = MEAN_BYTES
     if recipe.aggregate["name"] != "mean":
         held = 4 * (sums if recipe.secure else min(len(parts.silos.names), len(parts.select(0))))
+    added = sum(value.numel() for value in come.values()) * (held + 4 * sums)
+    if away(parts) and size(come.values()) > LARGE and in_files(parts):
+        added = 4 * max(value.numel() for value in come.values())
     # What comes back in another form than the parameters have is also stepped from in that form.
     other = size(value for name, value in come.items() if name not in like)
-    return 2 * size(like.values()) + other + size(state.optimiser.values()) + part * (held + 4 * sums)
+    kept = 1 if away(parts) and can_be_lean(parts) else 2
+    return kept * size(like.values()) + other + size(state.optimiser.values()) + added
 
 
 def in_files(parts: Parts) -> bool:

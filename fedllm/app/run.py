@@ -35,7 +35,7 @@ from fedllm.app.stages import Nodes, evaluation_steps, held_out_losses, here, on
 from fedllm.app.terminal import many
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.core.noise import fresh_secret
-from fedllm.core.types import State, Tensors
+from fedllm.core.types import State, Tensors, on_meta
 from fedllm.exchange.ledger import NAME as LEDGER
 from fedllm.exchange.ledger import Entry, note
 from fedllm.runtime.secret import secret_in
@@ -175,14 +175,16 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if parts.endpoint:
         parts.endpoint.purse.keep(folder / "spent.json")
     nodes = elsewhere or here(parts, memory, ui)
-    state = parts.algorithm.init(parts.params)
     if kept := load_checkpoint(folder):
         # What a method finds may grow in number from round to round.
         if not parts.method:
-            require_same(folder, kept.state, state)
+            require_same(folder, kept.state, parts.algorithm.init(on_meta(parts.params)))
         home = next(iter(parts.params.values())).device
         state = State(kept.state.round, *({n: v.to(home) for n, v in part.items()} for part in kept.state[1:]))
         memory.update({name: {n: v.to(home) for n, v in each.items()} for name, each in kept.memory.items()})
+        del kept
+    else:
+        state = parts.algorithm.init(parts.params)
     events = trim_events(folder, state.round)
     done = {event["event"] for event in events}
     if "start" not in done:
@@ -193,8 +195,8 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
     if "base" not in done:
         begun = time.perf_counter()
         with ui.part("base model", evaluation_steps(parts, parts.looked)):
-            losses = held_out_losses(parts, nodes.exchange, start_of(parts), base=True)
-            losses |= general_losses(parts, start_of(parts), ui.tick, base=True)
+            losses = held_out_losses(parts, nodes.exchange, parts.shown(state), base=True)
+            losses |= general_losses(parts, parts.shown(state), ui.tick, base=True)
         scores = score_files(parts, ui.tick, base=True)
         append_event(folder, {"event": "base", **losses, "scores": scores, "seconds": time.perf_counter() - begun})
         if not keeps_losses(recipe):
@@ -208,6 +210,9 @@ def go(folder: Path, parts: Parts, ui: Ui, elsewhere: Nodes | None = None) -> No
             break
         state, stored = one_round(folder, parts, state, nodes, ui, stored)
         ui.whole("rounds", recipe.rounds, state.round)
+    if not parts.method:
+        # The result is the parameters, and a model beside them; what rounds remember is in the checkpoint.
+        state = state._replace(optimiser={}, transforms={})
     baselines(folder, parts, nodes, ui, state.round)
     finish(folder, parts, state, ui)
 
@@ -248,11 +253,6 @@ def put_down(folder: Path, parts: Parts, state: State, ui: Ui) -> dict[str, Any]
         with on_disk(target):
             parts.tokenizer.save_pretrained(target)
     return scores
-
-
-def start_of(parts: Parts) -> Tensors:
-    """Return what is evaluated before the first round."""
-    return parts.shown(parts.algorithm.init(parts.params))
 
 
 def runtime(parts: Parts) -> str:

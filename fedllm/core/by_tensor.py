@@ -16,7 +16,7 @@ from torch import Tensor
 from fedllm.core.room import room_for
 from fedllm.core.types import Aggregator, Aside, Reply, ServerOptimizer, State, Tensors, on_meta
 
-PART = 1 << 16
+PART = 1 << 14
 """Values that are summed or applied at a time: a sum and what it needs beside it are 40 bytes for each."""
 
 
@@ -116,7 +116,8 @@ def step(
 ) -> tuple[Tensors, Tensors]:
     """Return the parameters and the optimiser's state after the aggregate was finished and applied.
 
-    If the aggregate lies outside of memory, new tensors take the places of the old ones in `state`: it is used up.
+    If the aggregate lies outside of memory, `state` is used up: of each tensor the new values are written over its
+    mean, which takes its place among the parameters, and what an optimiser remembers of it over what it remembered.
     """
     if not isinstance(mean, Aside) or mean.keys() - state.params.keys():
         # Of a search's scores no tensor is the change of a parameter.
@@ -129,7 +130,9 @@ def step(
     for name in mean:
         change = finish({name: mean[name]})[name]
         own = [key for key in optimiser.init(on_meta({name: params[name]})) if key not in common]
-        param, memory = room_for(params[name]), {key: room_for(kept[key]) for key in own}
+        # Others may hold the old parameter, such as who began the run; its mean and its memory are held here alone.
+        param = over(change, params[name])
+        kept.update({key: over(kept[key], kept[key]) for key in own})
         # The last values of a vector are rounded otherwise in shorter floats.
         for start, stop in parts(change.numel(), PART if change.dtype == torch.float32 else change.numel()):
             begun = {name: cut(params[name], start, stop)}
@@ -137,12 +140,16 @@ def step(
             moved, remembered = optimiser.step(begun, {name: cut(change, start, stop)}, held)
             cut(param, start, stop).copy_(moved[name])
             for key in own:
-                cut(memory[key], start, stop).copy_(remembered[key])
+                cut(kept[key], start, stop).copy_(remembered[key])
             counted = {key: remembered[key] for key in common}
         params[name] = param
-        kept.update(memory)
     kept.update(counted)
     return params, kept
+
+
+def over(used: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor to be written over as its values are read, or a copy where it cannot take those of `like`."""
+    return used if used.dtype == like.dtype and used.is_contiguous() else room_for(like).copy_(used)
 
 
 def cut(value: Tensor, start: int, stop: int) -> Tensor:

@@ -6,6 +6,7 @@ size fits into, since it asks for aligned memory; they came to three more models
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 
@@ -28,3 +29,9 @@ def room_for(like: Tensor, device: torch.device | str | None = None) -> Tensor:
     own = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     memory = mmap.mmap(-1, like.nbytes, **own)
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def give_back() -> None:
+    """Have the C library give the system what it keeps free, such as after a model was loaded; only glibc can."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedllm.core.errors import Refused
+from fedllm.core.room import room_for
 from fedllm.core.types import Aside, Tensors
 from fedllm.runtime.line import LARGEST_HEAD
 from fedllm.runtime.wire import CODES
@@ -126,7 +127,7 @@ def refusing() -> Iterator[None]:
 
 def read_tensor(file: BufferedReader, like: Tensor) -> Tensor:
     """Return the tensor that lies at the file's place: by reading and not by mapping, which would count as memory."""
-    tensor = torch.empty(like.shape, dtype=like.dtype)
+    tensor = room_for(like, "cpu")
     raw = tensor.view(-1).view(torch.uint8)
     if file.readinto(raw.numpy().data) != raw.numel():
         raise ValueError("the file ends within a tensor")

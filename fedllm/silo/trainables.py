@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core.errors import FedllmError, nearest
+from fedllm.core.room import room_for
 from fedllm.core.seeds import derive
 from fedllm.core.types import Tensors, Work
 from fedllm.silo.sharded import spread
@@ -54,7 +55,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the values that are learned, by name."""
-    return {name: value.detach().clone() for name, value in trained(model).items()}
+    return {name: room_for(value).copy_(value.detach()) for name, value in trained(model).items()}
 
 
 def write(params: dict[str, nn.Parameter], tensors: Tensors) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.app import plan_view
+from fedllm.app import lean, plan_view
 from fedllm.app.build import build as parts_of_run
 from fedllm.app.config import read_recipe
 from fedllm.core.aggregate import mean
@@ -67,7 +67,9 @@ def test_a_part_that_needs_each_update_is_refused_behind_a_sum():
         plan(build(middleware=[summing], probes=[lora_error()]), PARAMS)
 
 
-def test_of_replies_in_files_the_server_holds_a_sum_of_one_tensor(tmp_path, monkeypatch):
+def test_of_replies_in_files_the_server_holds_the_mean_of_one_tensor_and_of_the_first_parameters_nothing(
+    tmp_path, monkeypatch
+):
     write_model(tmp_path / "model")
     table = {"model": str(tmp_path / "model"), "rounds": 1, "trainable": {"name": "full"}, "task": {"name": "causal"}}
 
@@ -79,6 +81,9 @@ def test_of_replies_in_files_the_server_holds_a_sum_of_one_tensor(tmp_path, monk
     monkeypatch.setattr(plan_view, "LARGE", 0)
     sizes = [value.numel() for value in parameters(parts_of_run(read_recipe(table), False, ["a"]).model).values()]
     # The exact sum's 16 bytes a value, and an update's 4.
-    assert small - held() == 20 * (sum(sizes) - max(sizes))
+    assert small - held() == 20 * sum(sizes) - 4 * max(sizes)
     # A clip looks at all of an update at once.
     assert held(**clip) == clipped
+    with_first = held()
+    monkeypatch.setattr(lean, "LARGE", 0)
+    assert with_first - held() == 4 * sum(sizes)
