@@ -2,9 +2,9 @@
 
     python -m benchmarks.server_process
 
-Two rounds of DiLoCo by two sites, whose desks are in this process too and whose workers are not. Counted is what comes on
-top of Python, its libraries and a tiny run's first build; `models_floor` is the parameters, Nesterov's momentum and the
-largest tensor, without which the step cannot be taken.
+Two rounds of DiLoCo by two sites, whose desks are in this process too and whose workers are not. Counted is what comes
+on top of Python and its libraries; `models_floor` is the parameters, Nesterov's momentum and the largest tensor,
+without which the step cannot be taken.
 """
 
 from __future__ import annotations
