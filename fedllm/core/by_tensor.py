@@ -128,23 +128,36 @@ def step(
     common = {key: kept[key] for key in optimiser.init({})}
     counted = common
     for name in mean:
-        change = finish({name: mean[name]})[name]
-        own = [key for key in optimiser.init(on_meta({name: params[name]})) if key not in common]
-        # Others may hold the old parameter, such as who began the run; its mean and its memory are held here alone.
-        param = over(change, params[name])
-        kept.update({key: over(kept[key], kept[key]) for key in own})
-        # The last values of a vector are rounded otherwise in shorter floats.
-        for start, stop in parts(change.numel(), PART if change.dtype == torch.float32 else change.numel()):
-            begun = {name: cut(params[name], start, stop)}
-            held = {key: cut(kept[key], start, stop) for key in own} | common
-            moved, remembered = optimiser.step(begun, {name: cut(change, start, stop)}, held)
-            cut(param, start, stop).copy_(moved[name])
-            for key in own:
-                cut(kept[key], start, stop).copy_(remembered[key])
-            counted = {key: remembered[key] for key in common}
-        params[name] = param
+        counted = step_one(optimiser, name, finish({name: mean[name]})[name], params, kept, common)
     kept.update(counted)
     return params, kept
+
+
+def step_one(
+    optimiser: ServerOptimizer,
+    name: str,
+    change: Tensor,
+    params: dict[str, Tensor],
+    kept: dict[str, Tensor],
+    common: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Apply one tensor's aggregate, and return what the optimiser now remembers of no tensor in particular."""
+    own = [key for key in optimiser.init(on_meta({name: params[name]})) if key not in common]
+    # Others may hold the old parameter, such as who began the run; its mean and its memory are held here alone.
+    param = over(change, params[name])
+    kept.update({key: over(kept[key], kept[key]) for key in own})
+    counted = common
+    # The last values of a vector are rounded otherwise in shorter floats.
+    for start, stop in parts(change.numel(), PART if change.dtype == torch.float32 else change.numel()):
+        begun = {name: cut(params[name], start, stop)}
+        held = {key: cut(kept[key], start, stop) for key in own} | common
+        moved, remembered = optimiser.step(begun, {name: cut(change, start, stop)}, held)
+        cut(param, start, stop).copy_(moved[name])
+        for key in own:
+            cut(kept[key], start, stop).copy_(remembered[key])
+        counted = {key: remembered[key] for key in common}
+    params[name] = param
+    return counted
 
 
 def over(used: Tensor, like: Tensor) -> Tensor:
