@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, keep
 from benchmarks.pretrain_plot import plot
-from benchmarks.pretrain_runs import Kind, Setting, begin, finished
+from benchmarks.pretrain_runs import Kind, Setting, begin, finished, packed
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pretrain.svg"
 
@@ -36,11 +36,6 @@ DATA_PARALLEL = {"optimiser": {"name": "fedavg"}}
 DILOCO = {"optimiser": {"name": "nesterov"}}
 """The outer step is the product's own: what it takes where a recipe says nothing but the name."""
 
-INT4 = {
-    "share": {"name": "deltas", "bits": 4},
-    "transforms": [{"name": "quantise", "bits": 4}],
-}
-
 KINDS = {
     "data_parallel": Kind(1, recipe=DATA_PARALLEL),
     "m1": Kind(1, recipe=DILOCO),
@@ -48,7 +43,7 @@ KINDS = {
     "m4": Kind(4, recipe=DILOCO),
     "m8": Kind(8, recipe=DILOCO),
     "drop_half": Kind(8, recipe=DILOCO | {"availability": {"drop": 0.5}}),
-    "int4_h100": Kind(2, inner=100, recipe=DILOCO | INT4),
+    "int4_h100": Kind(2, inner=100, recipe=DILOCO | packed(4)),
 }
 
 

@@ -58,6 +58,11 @@ class Kind(NamedTuple):
     """Tables of the recipe."""
 
 
+def packed(bits: int) -> dict[str, Any]:
+    """Return a recipe's tables that send whole numbers of so few bits both ways, with what rounding took away later."""
+    return {"share": {"name": "deltas", "bits": bits}, "transforms": [{"name": "quantise", "bits": bits}]}
+
+
 def texts_of_eras(held_out: int) -> dict[str, tuple[list[Row], list[Row]]]:
     """Return each era's text to learn from and held-out text, the latter as much in each."""
     eras: dict[str, list[Row]] = {}

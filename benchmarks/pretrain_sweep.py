@@ -2,8 +2,9 @@
 
     python -m benchmarks.pretrain_sweep [--out FOLDER] [name=value ...]
 
-`silos`, `rows` and `steps` of the run, `rate` inside, `outer` and `momentum` outside; without any, the settings in
-`TRIED`, of which those that are in the file are not run again. Each takes two to five minutes of one quiet core.
+`silos`, `rows` and `steps` of the run, `rate` and `inner` steps a round inside, `outer` (0: what follows from the
+momentum), `momentum` and their `warmup` outside, `bits` of what is sent both ways (0: all); without any, the settings
+in `TRIED`, of which those that are in the file are not run again. Each takes two to five minutes of one quiet core.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import fedllm
 from benchmarks.common import RESULTS, machine
-from benchmarks.pretrain_runs import Kind, Setting, begin, outcome, recipe_of
+from benchmarks.pretrain_runs import Kind, Setting, begin, outcome, packed, recipe_of
 from fedllm.runtime.store import write_text
 
 KEPT = RESULTS / "pretrain" / "sweep.json"
@@ -32,6 +33,10 @@ class Trial(NamedTuple):
     steps: int = 810
     hidden: int = 64
     layers: int = 2
+    inner: int = 30
+    bits: int = 0
+    warmup: float = 0.0
+    momentum_warmup: float = 0.0
 
 
 TRIED = [
@@ -57,7 +62,7 @@ def main() -> None:
     given = asked.parse_args()
     told = json.loads(KEPT.read_text()) if KEPT.exists() else {"trials": []}
     for trial in [one(given.settings)] if given.settings else TRIED:
-        if any(trial._asdict() == {key: each[key] for key in Trial._fields} for each in told["trials"]):
+        if trial in [Trial(**{key: each[key] for key in Trial._fields if key in each}) for each in told["trials"]]:
             continue
         told["trials"].append({**trial._asdict(), **tried(trial, given.out), "machine": machine()})
         KEPT.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +81,10 @@ def tried(trial: Trial, out: Path) -> dict[str, Any]:
     """Run a trial, or go on with it, and return its held-out loss."""
     setting = Setting(steps=trial.steps, rows=trial.rows, hidden=trial.hidden, layers=trial.layers)
     folder = out / f"{trial.hidden}x{trial.layers}"
-    outer = {"name": "nesterov", "learning_rate": trial.outer, "momentum": trial.momentum}
-    kind = Kind(trial.silos, client={"learning_rate": trial.rate}, recipe={"optimiser": outer})
+    outer = {"name": "nesterov", "momentum": trial.momentum, "momentum_warmup": trial.momentum_warmup}
+    outer |= {"warmup": trial.warmup} | ({"learning_rate": trial.outer} if trial.outer else {})
+    recipe = {"optimiser": outer} | (packed(trial.bits) if trial.bits else {})
+    kind = Kind(trial.silos, inner=trial.inner, client={"learning_rate": trial.rate}, recipe=recipe)
     begin(setting, folder)
     run = folder / "-".join(f"{value:g}" for value in trial)
     recipe = recipe_of(kind, setting, str(folder / "start"), folder / "data")

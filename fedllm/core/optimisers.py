@@ -62,6 +62,7 @@ def outer_defaults(rounds: int | None) -> tuple[float, float]:
 def nesterov(
     learning_rate: float | None = None,
     momentum: float | None = None,
+    momentum_warmup: float = 0.0,
     warmup: float = 0.0,
     schedule: Shape = "constant",
     floor: float = 0.0,
@@ -75,30 +76,33 @@ def nesterov(
     mean moves the parameters by learning_rate / (1 - momentum) times itself, 7 times with DiLoCo's values; a run of few
     rounds ends before they have moved that far, so what is not given follows from `rounds` (`outer_defaults`).
     """
-    usual_rate, usual_momentum = outer_defaults(rounds)
-    learning_rate = usual_rate if learning_rate is None else learning_rate
-    momentum = usual_momentum if momentum is None else momentum
-    if learning_rate <= 0:
+    momentum = outer_defaults(rounds)[1] if momentum is None else momentum
+    if learning_rate is not None and learning_rate <= 0:
         raise FedllmError(f"optimiser.learning_rate is {learning_rate:g}; it must be above 0.")
     if not 0 <= momentum < 1:
         raise FedllmError(f"optimiser.momentum is {momentum:g}; it must be at least 0 and below 1.")
-    over = Schedule(schedule, warmup, floor)
+    over, rising = Schedule(schedule, warmup, floor), Schedule("constant", momentum_warmup)
     require_schedule("optimiser", over, rounds)
+    require_schedule("optimiser.momentum", rising, rounds)
+
+    def rate_of(momentum: float) -> float:
+        return 1 - momentum / 3 if learning_rate is None else learning_rate
 
     def init(params: Tensors) -> Tensors:
         moments = {name: room_for(value).zero_() for name, value in params.items()}
         return {**under("momentum", moments), "step": torch.zeros((), dtype=torch.int64)}
 
     def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
-        rate = learning_rate * factor(over, int(state["step"]), rounds or 0)
-        moments = {name: state[f"momentum/{name}"].mul(momentum).add_(value) for name, value in mean.items()}
+        number = int(state["step"])
+        now = momentum * factor(rising, number, rounds or 0)
+        rate = rate_of(now) * factor(over, number, rounds or 0)
+        moments = {name: state[f"momentum/{name}"].mul(now).add_(value) for name, value in mean.items()}
         moved = {
-            name: params[name].add(value.add(moments[name], alpha=momentum), alpha=-rate)
-            for name, value in mean.items()
+            name: params[name].add(value.add(moments[name], alpha=now), alpha=-rate) for name, value in mean.items()
         }
         return {**params, **moved}, {**state, **under("momentum", moments), "step": state["step"] + 1}
 
-    return ServerOptimizer(f"Nesterov(lr {learning_rate:g}, momentum {momentum:g})", init, step)
+    return ServerOptimizer(f"Nesterov(lr {rate_of(momentum):g}, momentum {momentum:g})", init, step)
 
 
 def adaptive(
