@@ -2,9 +2,9 @@
 
     python -m benchmarks.pretrain_sweep [--out FOLDER] [name=value ...]
 
-`silos`, `rows` and `steps` of the run, `rate` and `inner` steps a round inside, `outer` (0: what follows from the
-momentum), `momentum` and their `warmup` outside, `bits` of what is sent both ways (0: all); without any, the settings
-in `TRIED`, of which those that are in the file are not run again. Each takes two to five minutes of one quiet core.
+`silos`, `rows` and `steps` of the run, `rate` and `inner` steps a round inside, `outer` rate with its `warmup` and
+`momentum` outside, `bits` of what is sent both ways (0: float32); without any, the settings in `TRIED`, of which those
+that are in the file are not run again. Each takes two to five minutes of one quiet core.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Trial(NamedTuple):
     inner: int = 30
     bits: int = 0
     warmup: float = 0.0
-    momentum_warmup: float = 0.0
 
 
 TRIED = [
@@ -81,8 +80,7 @@ def tried(trial: Trial, out: Path) -> dict[str, Any]:
     """Run a trial, or go on with it, and return its held-out loss."""
     setting = Setting(steps=trial.steps, rows=trial.rows, hidden=trial.hidden, layers=trial.layers)
     folder = out / f"{trial.hidden}x{trial.layers}"
-    outer = {"name": "nesterov", "momentum": trial.momentum, "momentum_warmup": trial.momentum_warmup}
-    outer |= {"warmup": trial.warmup} | ({"learning_rate": trial.outer} if trial.outer else {})
+    outer = {"name": "nesterov", "learning_rate": trial.outer, "momentum": trial.momentum, "warmup": trial.warmup}
     recipe = {"optimiser": outer} | (packed(trial.bits) if trial.bits else {})
     kind = Kind(trial.silos, inner=trial.inner, client={"learning_rate": trial.rate}, recipe=recipe)
     begin(setting, folder)

@@ -43,26 +43,23 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptimize
     return ServerOptimizer(f"FedAvgM(lr {learning_rate:g}, momentum {momentum:g})", init, step)
 
 
-def outer_defaults(rounds: int | None) -> tuple[float, float]:
-    """Return the outer learning rate and momentum for a run of so many rounds: from plain averaging to DiLoCo's values.
+def outer_momentum(rounds: int | None) -> float:
+    """Return the outer momentum for a run of so many rounds: from plain averaging to DiLoCo's value.
 
     In runs from nothing of 27 and 54 rounds (30 AdamW steps a round; `benchmarks/pretrain_sweep.py`) every momentum
     that was tried ended above plain averaging, with one silo and with eight, and 0.9 furthest: it has to settle long
-    before the run ends. So it is 0 up to 300 rounds and grows from there to DiLoCo's 0.9 at 3,000, as the rate falls
-    from 1 to 0.7. Above 54 rounds this is caution, not measured; DiLoCo's own runs, of 128 rounds of 500 steps, began
+    before the run ends. So it is 0 up to 300 rounds and grows from there to DiLoCo's 0.9 at 3,000. Above 54 rounds this is caution, not measured; DiLoCo's own runs, of 128 rounds of 500 steps, began
     from a trained model.
 
-    >>> [tuple(round(value, 2) for value in outer_defaults(rounds)) for rounds in (10, 300, 600, 3000, 5000)]
-    [(1.0, 0.0), (1.0, 0.0), (0.83, 0.5), (0.7, 0.9), (0.7, 0.9)]
+    >>> [round(outer_momentum(rounds), 2) for rounds in (10, 300, 600, 3000, 5000)]
+    [0.0, 0.0, 0.5, 0.9, 0.9]
     """
-    momentum = min(0.9, max(0.0, 1 - 300 / rounds)) if rounds else 0.9
-    return 1 - momentum / 3, momentum
+    return min(0.9, max(0.0, 1 - 300 / rounds)) if rounds else 0.9
 
 
 def nesterov(
     learning_rate: float | None = None,
     momentum: float | None = None,
-    momentum_warmup: float = 0.0,
     warmup: float = 0.0,
     schedule: Shape = "constant",
     floor: float = 0.0,
@@ -74,35 +71,32 @@ def nesterov(
     momentum * m). The learning rate rises over the first `warmup` rounds (below 1: that share of all `rounds`), then
     is `constant` or falls, `linear` or as a `cosine`, to `floor` times itself over all `rounds`. In the long run each
     mean moves the parameters by learning_rate / (1 - momentum) times itself, 7 times with DiLoCo's values; a run of few
-    rounds ends before they have moved that far, so what is not given follows from `rounds` (`outer_defaults`).
+    rounds ends before they have moved that far, so momentum follows from `rounds` where it is not given
+    (`outer_momentum`), and the rate from the momentum: 1 - momentum / 3, which is 1 for none and DiLoCo's 0.7 for 0.9.
     """
-    momentum = outer_defaults(rounds)[1] if momentum is None else momentum
-    if learning_rate is not None and learning_rate <= 0:
+    momentum = outer_momentum(rounds) if momentum is None else momentum
+    learning_rate = 1 - momentum / 3 if learning_rate is None else learning_rate
+    if learning_rate <= 0:
         raise FedllmError(f"optimiser.learning_rate is {learning_rate:g}; it must be above 0.")
     if not 0 <= momentum < 1:
         raise FedllmError(f"optimiser.momentum is {momentum:g}; it must be at least 0 and below 1.")
-    over, rising = Schedule(schedule, warmup, floor), Schedule("constant", momentum_warmup)
+    over = Schedule(schedule, warmup, floor)
     require_schedule("optimiser", over, rounds)
-    require_schedule("optimiser.momentum", rising, rounds)
-
-    def rate_of(momentum: float) -> float:
-        return 1 - momentum / 3 if learning_rate is None else learning_rate
 
     def init(params: Tensors) -> Tensors:
         moments = {name: room_for(value).zero_() for name, value in params.items()}
         return {**under("momentum", moments), "step": torch.zeros((), dtype=torch.int64)}
 
     def step(params: Tensors, mean: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
-        number = int(state["step"])
-        now = momentum * factor(rising, number, rounds or 0)
-        rate = rate_of(now) * factor(over, number, rounds or 0)
-        moments = {name: state[f"momentum/{name}"].mul(now).add_(value) for name, value in mean.items()}
+        rate = learning_rate * factor(over, int(state["step"]), rounds or 0)
+        moments = {name: state[f"momentum/{name}"].mul(momentum).add_(value) for name, value in mean.items()}
         moved = {
-            name: params[name].add(value.add(moments[name], alpha=now), alpha=-rate) for name, value in mean.items()
+            name: params[name].add(value.add(moments[name], alpha=momentum), alpha=-rate)
+            for name, value in mean.items()
         }
         return {**params, **moved}, {**state, **under("momentum", moments), "step": state["step"] + 1}
 
-    return ServerOptimizer(f"Nesterov(lr {rate_of(momentum):g}, momentum {momentum:g})", init, step)
+    return ServerOptimizer(f"Nesterov(lr {learning_rate:g}, momentum {momentum:g})", init, step)
 
 
 def adaptive(

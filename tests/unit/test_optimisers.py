@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedllm.core.errors import FedllmError
-from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi, nesterov, outer_defaults
+from fedllm.core.optimisers import fedadagrad, fedadam, fedavg, fedavgm, fedyogi, nesterov, outer_momentum
 from fedllm.core.schedule import Schedule, factor
 
 
@@ -191,7 +191,8 @@ def test_nesterovs_defaults_follow_from_the_runs_length():
     # 1 - 300 / 600 = 0.5, and 1 - 0.5 / 3; what the recipe says is left as it is.
     assert nesterov(rounds=600).name == "Nesterov(lr 0.833333, momentum 0.5)"
     assert nesterov(1.0, 0.9, rounds=600).name == "Nesterov(lr 1, momentum 0.9)"
-    assert outer_defaults(300) == outer_defaults(1) == (1.0, 0.0)
+    assert nesterov(momentum=0.6, rounds=10).name == "Nesterov(lr 0.8, momentum 0.6)"
+    assert outer_momentum(300) == outer_momentum(1) == 0.0
 
 
 def test_a_short_runs_default_is_plain_averaging():
