@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,federation,homomorphic,privacy,prompts,serve]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,federation,homomorphic,pretrain,privacy,prompts,serve]'
 	touch $@
 
 test: install
