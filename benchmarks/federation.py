@@ -10,64 +10,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import keep
-from fedllm.app.site_template import TEMPLATE
+from benchmarks.sites import FEDLLM, RECIPE, ROOT, connected, federated, join_all, running, said
 
-ROOT = Path(__file__).parents[1]
 ECHO = ["a", "b", "c", "d"]
-TEAMS = ["torch", "transformers", "numpy", "networkx"]
-FEDLLM = [sys.executable, "-m", "fedllm"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def join_all(place: Path, sites: Sequence[str]) -> Path:
-    """Make a federation and its sites' folders; return the federation's folder."""
-    from fedllm.federation.members import approve, init, join, request
-
-    (place / "consortium.toml").write_text(
-        f'name = "bench"\nserver = {{ address = "localhost", port = {free_port()} }}\n'
-        f'admin = "admin@example.org"\nsites = {json.dumps(sites)}\n'
-    )
-    init(place / "consortium.toml", place / "federation")
-    for name in sites:
-        (place / name).mkdir()
-        (place / name / "site.toml").write_text(TEMPLATE.format(name=name).replace("# threads = 2 ", "threads = 1 "))
-        join(approve(place / "federation", request(name, place / name)), place / name)
-    return place / "federation"
-
-
-@contextmanager
-def running(commands: Sequence[Sequence[str]], place: Path) -> Iterator[None]:
-    """Keep commands running."""
-    with ExitStack() as stack, (place / "terminal.log").open("ab") as log:
-        for command in commands:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-            stack.callback(end, process)
-        yield
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
 
 
 def engine(place: Path) -> dict[str, float]:
@@ -117,22 +72,10 @@ def quickstart(place: Path, settings: Sequence[str]) -> dict[str, float]:
     """Run the quickstart's recipe in one process and over four sites."""
     from safetensors.torch import load_file
 
-    from fedllm.federation.commands import answer
-
-    recipe = ROOT / "fedllm" / "app" / "quickstart.toml"
-    said = [part for setting in settings for part in ("--set", setting)]
-    subprocess.run([*FEDLLM, "run", str(recipe), "--out", str(place / "local"), *said], cwd=place, check=True)
-    folder = join_all(place, TEAMS)
-    sites = [
-        [*FEDLLM, "site", "start", str(place / name / "site.toml"), "--data", f"docstrings:{name}"] for name in TEAMS
-    ]
-    with running([[*FEDLLM, "federation", "start", str(folder)], *sites], place):
-        until = time.monotonic() + 60
-        while sum(site["connected"] for site in answer(folder, "x", {"do": "status"})["sites"].values()) < len(TEAMS):
-            assert time.monotonic() < until, "the sites do not connect"
-            time.sleep(0.5)
-        run = [*FEDLLM, "federation", "run", str(recipe), "--admin", str(folder / "admin"), *said]
-        subprocess.run(run, cwd=place, check=True)
+    run = [*FEDLLM, "run", str(RECIPE), "--out", str(place / "local"), *said(settings)]
+    subprocess.run(run, cwd=place, check=True)
+    with connected(place) as folder:
+        federated(folder, settings)
     far, here = place / "runs" / "quickstart", place / "local"
     mine, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (here, far))
     return {

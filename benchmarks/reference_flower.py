@@ -21,7 +21,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import keep
-from benchmarks.federation import end, engine, free_port
+from benchmarks.federation import engine
+from benchmarks.sites import end, free_port
 
 SITES = 4
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 
-from benchmarks.federation import FEDLLM, join_all
+from benchmarks.sites import FEDLLM, join_all
 from fedllm.app.config import read_recipe, write_recipe
 from fedllm.federation.commands import answer
 from tests.integration.test_two_machines import SITES

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fedllm
-from benchmarks.federation import FEDLLM
+from benchmarks.sites import FEDLLM
 from fedllm.federation.audit import verify
 from fedllm.runtime.store import read_events
 from tests.integration.test_two_machines import SITES, adapter, on_one_machine, prepare

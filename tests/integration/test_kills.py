@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.federation import FEDLLM, join_all
+from benchmarks.sites import FEDLLM, join_all
 from fedllm.app.config import read_recipe, write_recipe
 from fedllm.app.run import run as run_here
 from fedllm.federation.commands import answer
