@@ -8,10 +8,10 @@ which want a GPU: where the model is put, and what the trainer may use.
 Equal: the model; the sites; their 32 rows of training and 20 held-out ones, cut to 128 tokens in the quickstart's chat;
 each row once a round; FedAvg. The example has no option for what it learns, so `ours` takes the example's settings:
 LoRA of rank 64 on q_proj and v_proj with dropout, bfloat16, recomputed activations, one step of 32 rows a round in
-parts of 4, its AdamW, which is remembered between rounds. `quickstart` is the recipe as it is: rank 8 on four
+parts of 4, its AdamW, which is remembered between rounds. `quickstart` is the recipe on the same rows: rank 8 on four
 projections, 4 steps of 8 rows.
 
-Not equal: the example puts other words around a row (about 15 % fewer tokens than the chat), scores all its tokens
+Not equal: the example puts other words around a row (12 % fewer tokens than the chat), scores all its tokens
 and not only the response's, counts entropy and accuracy, and keeps a checkpoint at each site every round. It looks at
 the held-out rows before each round, ours before the first and after each, so once more. Its simulator starts all within
 its own time, without TLS; ours are five processes with mutual TLS, whose start is told apart. Its bytes are all that
