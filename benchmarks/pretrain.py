@@ -36,6 +36,9 @@ DATA_PARALLEL = {"optimiser": {"name": "fedavg"}}
 DILOCO = {"optimiser": {"name": "nesterov"}}
 """The outer step is the product's own: what it takes where a recipe says nothing but the name."""
 
+OUTSIDE_H100 = {"name": "nesterov", "learning_rate": 1.0, "momentum": 0.6, "warmup": 0.1}
+"""Found by `benchmarks/pretrain_sweep.py` for two silos and as many rounds; with a lower rate inside."""
+
 KINDS = {
     "data_parallel": Kind(1, recipe=DATA_PARALLEL),
     "m1": Kind(1, recipe=DILOCO),
@@ -43,7 +46,7 @@ KINDS = {
     "m4": Kind(4, recipe=DILOCO),
     "m8": Kind(8, recipe=DILOCO),
     "drop_half": Kind(8, recipe=DILOCO | {"availability": {"drop": 0.5}}),
-    "int4_h100": Kind(2, inner=100, recipe=DILOCO | packed(4)),
+    "int4_h100": Kind(2, inner=100, client={"learning_rate": 2.8e-3}, recipe={"optimiser": OUTSIDE_H100} | packed(4)),
 }
 
 
