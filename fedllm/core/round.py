@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core import by_tensor
+from fedllm.core.asking import asking
 from fedllm.core.by_tensor import parts, patient, step, those_aside_last
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.optimisers import fedavg
@@ -91,7 +92,9 @@ def averaging(
         ]
         always = any(transform.always for transform in transforms)
         asked = list(select(state.round))
-        requests = [Request(name, state.round, "train", share.down(state, name)) for name in asked]
+        # A layer between may ask for more than one message a round, so it has every round to itself.
+        following = select(state.round + 1) if share.settled(state.round) and not middleware else ()
+        requests = asking(share, state, asked, following)
         for layer in reversed(middleware):
             exchange = layer.exchange(exchange)
 

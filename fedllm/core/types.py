@@ -65,6 +65,8 @@ class Request(NamedTuple):
     op: str
     tensors: Tensors
     scalars: Scalars = NOTHING
+    then: Request | None = None
+    """What the client will be asked after this, where that is known already: a runtime may let it begin at once."""
 
 
 class Reply(NamedTuple):
@@ -280,7 +282,8 @@ class Share(NamedTuple):
     `FedllmError` where a name would never have its turn. `work` is the client's half: it may keep weights of its own
     between rounds. `note(state, asked, answered)` is what the server remembers of its clients. `around` may have
     messages of its own before a round's, where what travels depends on what the silos say. Of a `partial` share a
-    silo trains also what does not travel, and keeps it.
+    silo trains also what does not travel, and keeps it. `settled(round)` says whether what goes down in the round after
+    this one is known as this one begins, so that a client that answers need not wait for the server in between.
     """
 
     name: str
@@ -293,6 +296,7 @@ class Share(NamedTuple):
     """How what comes back would be sent down to a client that follows the run; runs on meta tensors."""
     around: Callable[[Algorithm, Select], Algorithm] = lambda algorithm, select: algorithm
     partial: bool = False
+    settled: Callable[[int], bool] = lambda number: False
 
 
 class Step(NamedTuple):

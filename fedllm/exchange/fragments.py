@@ -45,7 +45,8 @@ def fragments(
     A silo trains all weights from those that it ended its last round with. In round r it replies g - w for one
     fragment, g being the value that it last received for it and w its own; the server steps. The new g is sent down
     `delay` rounds after the next request would have brought it, so that a round's training need not wait for the
-    exchange of the one before, and is mixed in: w = mixing * w + (1 - mixing) * g.
+    exchange of the one before, and is mixed in: w = mixing * w + (1 - mixing) * g. Between machines it does not wait:
+    with a `delay` the next round's request is with the silo before this round's training ends.
     A silo that comes late, or did not answer when it was last asked, is sent the whole model.
 
     Raises:
@@ -135,8 +136,11 @@ def fragments(
 
         return work._replace(client=client, cohort=cohort if together else None)
 
+    def settled(number: int) -> bool:
+        return delay > 0 and (rounds is None or number + 1 < rounds)
+
     name = f"{size} fragments{f', {delay} late, mixed by {mixing:g}' if delay else ''}"
-    return Share(name, down, up, size, work, note)
+    return Share(name, down, up, size, work, note, settled=settled)
 
 
 def mixed(own: Tensor, come: Tensor, mixing: float) -> Tensor:

@@ -223,7 +223,9 @@ class Desk:
         if job := self._bench.find(run, name):
             self._bench.wait(job, min(max(0.0, seconds), LONGEST_WAIT))
             if job.state == "running":
-                return {"state": "running", "progress": progress(job, self._site.policy)}, b""
+                # What waits behind other work of its run goes on as that does.
+                at_work = next(iter(self._bench.running(run)), job)
+                return {"state": "running", "progress": progress(at_work, self._site.policy)}, b""
             if job.state == "failed":
                 return {"state": "failed", "error": job.error}, b""
         done = record.find(self._folder(run), name)

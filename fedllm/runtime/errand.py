@@ -28,34 +28,40 @@ def request_id(key: str, head: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def finished(link: Link, request: Request, key: str, stall: float, deadline: float = math.inf) -> Head:
-    """Begin a request and wait for its end: an answer whose state is `done`, or `missing` or `unknown`.
+def begun(link: Link, request: Request, key: str) -> Head:
+    """Begin a request whose tensors are the file of this key; raise `Refused` if the site does not do it."""
+    answer = asked(link, {"do": "begin", "key": key, "request": request_head(request)}, LONGEST)
+    link.moved = time.monotonic()
+    return answer
+
+
+def finished(link: Link, request: Request, key: str, answer: Head, stall: float, deadline: float = math.inf) -> Head:
+    """Wait for the end of what was begun: an answer whose state is `done` or `unknown`.
 
     Raises:
         Refused: the work failed, made no step for `stall` seconds, or was not done after `deadline` seconds.
     """
-    head = request_head(request)
-    name, best, stepped, since = request_id(key, head), (-1.0, -1.0), time.monotonic(), time.monotonic()
-    answer = asked(link, {"do": "begin", "key": key, "request": head}, LONGEST)
-    link.moved = time.monotonic()
+    name, last = request_id(key, request_head(request)), (-1.0, -1.0)
+    stepped = since = time.monotonic()
     while answer.get("state") == "running":
-        begun = time.monotonic()
+        now = time.monotonic()
         done = shown(answer.get("progress"))
         link.tell(link.site, "working", {**done, "round": request.round, "op": request.op})
         steps = (done.get("tokens", 0.0), done.get("step", 0.0))
-        if steps > best:
-            best, stepped = max(best, steps), begun
-        if begun - stepped > stall:
+        # It may count from the start again, where other work of the run was before it.
+        if steps != last:
+            last, stepped = steps, now
+        if now - stepped > stall:
             raise Refused(f"its work made no step for {stall:g} s")
-        if begun - since >= deadline:
+        if now - since >= deadline:
             raise Refused(f"{LATE}: it was still at work after {deadline:g} s, and was not waited for")
-        hold = min(max(POLL, (begun - since) / 10), LONGEST_POLL, since + deadline - begun)
+        hold = min(max(POLL, (now - since) / 10), LONGEST_POLL, since + deadline - now)
         answer = asked(link, {"do": "wait", "id": name, "seconds": hold}, hold + 3.0)
         link.moved = time.monotonic()
         if answer.get("state") == "running":
             # A site that answers without waiting shall not keep this machine busy.
-            link.ended.wait(max(0.0, POLL / 4 - (link.moved - begun)))
-    if answer.get("state") not in ("done", "missing", "unknown"):
+            link.ended.wait(max(0.0, POLL / 4 - (link.moved - now)))
+    if answer.get("state") not in ("done", "unknown"):
         raise Refused(f"it answers with the state {plain(answer.get('state'))}")
     return answer
 

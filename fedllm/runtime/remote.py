@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import Exchange, Reply, Request
-from fedllm.runtime.errand import finished, greet, promised
-from fedllm.runtime.line import Aborted, Line, Unreachable
+from fedllm.runtime.errand import begun, finished, greet, promised
+from fedllm.runtime.line import Aborted, Head, Line, Unreachable
 from fedllm.runtime.meter import Traffic
 from fedllm.runtime.spool import Stored, open_message, save_message
 from fedllm.runtime.store import on_disk
@@ -32,9 +32,18 @@ GRACE = 30.0
 ATTEMPTS = 10
 """Times that a site may lose a request or its tensors before the request is given up."""
 
+LOST = f"it lost the request {ATTEMPTS} times"
+
 
 LARGE = 1 << 25
 """Bytes above which what a site is sent, or sends, is of a large model: its reply is not read but stays in its file."""
+
+
+class Packed(NamedTuple):
+    """A request and the file of its tensors."""
+
+    request: Request
+    stored: Stored
 
 
 class Arrived(NamedTuple):
@@ -67,7 +76,8 @@ def remote(
     is not done after the request's `deadline`, in seconds from its begin, is late and not waited for. At most
     `parallel` sites send or fetch at once; one reply is in memory, and large ones stay on disk for as long as they are
     used. `note(site, sentence)` and `progress(site, what)` are called from threads, one at a time; bytes are counted
-    over the exchange's life.
+    over the exchange's life. What a request says of the next one is begun at the site before it has answered this one,
+    so that it works while its reply is under way; asked in earnest, it has begun, or is done.
 
     Raises:
         Aborted: from the exchange, when the engine ended the run.
@@ -86,22 +96,36 @@ def remote(
             note(site, str(problem))
         tell(site, "failed", {})
 
-    def obtain(link: Link, request: Request, stored: Stored, slots: Semaphore, arrived: SimpleQueue[Any]) -> None:
-        """Get one reply's file and hold a place on the spool until it is taken."""
+    def begin(link: Link, work: Packed, slots: Semaphore) -> Head:
+        """Have a site begin, and bring it the tensors if it has not got them."""
         # What is small goes at once; what is large goes when the site says that it has not got it.
-        if stored.size <= FIRST and (link.site, stored.key) not in had:
+        if work.stored.size <= FIRST and (link.site, work.stored.key) not in had:
             with slot(link, slots):
-                send(link, stored)
+                send(link, work.stored)
         for _ in range(ATTEMPTS):
-            answer = finished(link, request, stored.key, stall, deadline(request))
+            answer = begun(link, work.request, work.stored.key)
+            if answer.get("state") != "missing":
+                had.add((link.site, work.stored.key))
+                return answer
+            with slot(link, slots):
+                send(link, work.stored)
+        raise Refused(LOST)
+
+    def obtain(link: Link, work: Packed, then: Packed | None, slots: Semaphore, arrived: SimpleQueue[Any]) -> None:
+        """Get one reply's file and hold a place on the spool until it is taken."""
+        request, stored = work
+        for _ in range(ATTEMPTS):
+            answer = begin(link, work, slots)
+            if then:
+                # What it says against that it says again when it is asked in earnest.
+                with suppress(Refused):
+                    begin(link, then, slots)
+                then = None
+            answer = finished(link, request, stored.key, answer, stall, deadline(request))
             if answer["state"] == "done":
                 break
-            if answer["state"] == "missing":
-                with slot(link, slots):
-                    send(link, stored)
         else:
-            raise Refused(f"it lost the request {ATTEMPTS} times")
-        had.add((link.site, stored.key))
+            raise Refused(LOST)
         key, size = promised(answer, largest if isinstance(largest, int) else largest(request))
         with slot(link, slots):
             file = fetch(link, key, size, spool / f"reply-{file_name(link.site, key)}")
@@ -112,16 +136,18 @@ def remote(
                 if link.ended.is_set():
                     raise Ended
 
-    def serve(link: Link, work: Sequence[tuple[Request, Stored]], slots: Semaphore, arrived: SimpleQueue[Any]) -> None:
+    def serve(
+        link: Link, work: Sequence[tuple[Packed, Packed | None]], slots: Semaphore, arrived: SimpleQueue[Any]
+    ) -> None:
         """Ask one site for one reply after the other; whatever goes wrong beyond it ends the exchange."""
         try:
-            for request, stored in work:
+            for asked, then in work:
                 try:
                     link.moved = time.monotonic()
                     if link.site in lost:
                         greet(link)
                         lost.discard(link.site)
-                    obtain(link, request, stored, slots, arrived)
+                    obtain(link, asked, then, slots, arrived)
                 except Refused as problem:
                     fail(link.site, problem)
                 except Unreachable as problem:
@@ -138,7 +164,17 @@ def remote(
 
     def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
         ended, slots, arrived = Event(), Semaphore(parallel), SimpleQueue[Any]()
-        known, packed, work = set(line.sites()), dict[int, Stored](), dict[str, list[tuple[Request, Stored]]]()
+        known, files = set(line.sites()), dict[int, Stored]()
+        work = dict[str, list[tuple[Packed, Packed | None]]]()
+
+        def packed(request: Request) -> Packed:
+            # The same tensors go to many sites: they are packed once.
+            if id(request.tensors) not in files:
+                path = spool / f"request-{len(files)}"
+                with on_disk(path):
+                    files[id(request.tensors)] = save_message(path, request.tensors, {})
+            return Packed(request, files[id(request.tensors)])
+
         with on_disk(spool):
             spool.mkdir(parents=True, exist_ok=True)
         for request in requests:
@@ -146,12 +182,8 @@ def remote(
             if request.client not in known:
                 fail(request.client, Refused("it is not among the sites of this run"))
                 continue
-            # The same tensors go to many sites: they are packed once.
-            if id(request.tensors) not in packed:
-                path = spool / f"request-{len(packed)}"
-                with on_disk(path):
-                    packed[id(request.tensors)] = save_message(path, request.tensors, {})
-            work.setdefault(request.client, []).append((request, packed[id(request.tensors)]))
+            then = packed(request.then) if request.then else None
+            work.setdefault(request.client, []).append((packed(request), then))
         links = [Link(line, site, run, patience, ended, tell, totals[site]) for site in work]
         for link in links:
             link.piece = pieces.get(link.site, link.piece)

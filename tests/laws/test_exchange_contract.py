@@ -167,6 +167,18 @@ def test_replies_are_those_of_local_bit_for_bit_round_after_round(made):
             assert all(same(ours[name], theirs[name]) for name in NAMES)
 
 
+def test_what_was_told_of_before_its_turn_gives_the_same_replies(made):
+    rounds = [requests(of_every_type(number), number) for number in range(3)]
+    for now, later in itertools.pairwise(rounds):
+        # The last site hears of each round in its turn only.
+        now[:-1] = [asked._replace(then=after) for asked, after in zip(now[:-1], later, strict=False)]
+    straight = local(stepping, silo, {})
+    with made(stepping) as exchange:
+        for asked in rounds:
+            ours, theirs = by_client(straight(asked)), by_client(exchange(asked))
+            assert all(same(ours[request.client], theirs[request.client]) for request in asked)
+
+
 def test_the_order_of_the_requests_leaves_no_trace(made):
     asked = requests(of_every_type(0))
     straight = by_client(local(stepping, silo, {})(asked))

@@ -303,6 +303,22 @@ def test_too_much_work_at_once_is_refused(desk):
     assert answers[0] == {"state": "running"} and "wait here already" in answers[-1]["error"]
 
 
+def test_what_waits_behind_other_work_of_its_run_goes_on_as_that_does(desk):
+    begin(desk, 1, slow=30)
+    at_work(desk)
+    _, waiting = begin(desk, 1, "evaluate")
+    said = say(desk, "wait", run="r1", id=waiting, seconds=0)
+    assert said["state"] == "running" and (said["progress"]["op"], said["progress"]["step"]) == ("train", 1)
+
+
+def test_a_reply_is_fetched_while_the_next_round_is_trained(desk):
+    begin(desk, 0)
+    begin(desk, 1, slow=30)
+    done = finish(desk, 0)
+    at_work(desk)
+    assert scalars(desk, done)["memory"] == 0 and say(desk, "ping")["work"]["r1"]["round"] == 1
+
+
 def test_the_exchange_of_a_server_over_desks(tmp_path):
     line_up = {name: Desk(site_in(tmp_path / name, name=name), WORKER, CATALOG) for name in ("a", "b")}
     for desk in line_up.values():

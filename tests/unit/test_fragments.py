@@ -229,7 +229,7 @@ def test_the_plans_bytes_are_those_of_the_largest_fragment():
 def test_a_silo_that_comes_late_gets_all_and_one_that_was_away_what_it_missed(delay):
     start, share, log = start_of(8), fragments(4, delay=delay), []
     turns = [["a", "b"], ["a"], ["a"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"], *[["a"]] * 5, ["a", "b", "c"]]
-    algorithm = build(share, start, select=turns.__getitem__)
+    algorithm = build(share, start, select=lambda number: turns[number % len(turns)])
     opened, memory = silos(start), {}
     way = recorded(local(algorithm.client, opened.get, memory), log)
     state, before = algorithm.init(start), []
@@ -246,6 +246,35 @@ def test_a_silo_that_comes_late_gets_all_and_one_that_was_away_what_it_missed(de
     assert sent[11]["b"] == sent[11]["c"] == set(start)
     for name in start:
         assert torch.equal(memory["c"][f"work/anchor/{name}"], before[11][name])
+
+
+@pytest.mark.parametrize(("delay", "told"), [(0, False), (1, True), (2, True)])
+def test_with_a_delay_a_round_says_what_the_next_will_ask_of_who_answers_in_it(delay, told):
+    start, rounds, log = start_of(6), 10, []
+    turns = [SILOS if number != 5 else ["a", "c"] for number in range(rounds + 1)]
+    algorithm = build(fragments(3, delay=delay, mixing=0.5, rounds=rounds), start, select=turns.__getitem__)
+    lost = {(3, "b")}
+    way = dropping(local(algorithm.client, silos(start).get, {}), lost)
+
+    def noting(requests):
+        # As they are now: what a server holds changes from round to round.
+        log.append({each.client: each._replace(tensors=dict(each.tensors)) for each in requests})
+        return way(requests)
+
+    state = algorithm.init(start)
+    for _ in range(rounds):
+        state, _ = algorithm.server(state, noting)
+    for number, (now, later) in enumerate(pairwise(log)):
+        for name, asked in now.items():
+            if not told or name not in later:
+                assert asked.then is None
+            else:
+                said, came = asked.then, later[name]
+                assert (said.client, said.round, said.op) == (came.client, came.round, came.op)
+                alike = said.tensors.keys() == came.tensors.keys()
+                assert alike == ((number, name) not in lost)
+                assert not alike or all(torch.equal(said.tensors[key], came.tensors[key]) for key in came.tensors)
+    assert all(asked.then is None for asked in log[-1].values())
 
 
 def dropping(exchange, lost):

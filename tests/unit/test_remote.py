@@ -104,6 +104,33 @@ def test_the_same_request_gets_the_recorded_reply(made):
     assert not same(first["a"], federation.ask(number=1)["a"]._replace(round=0))
 
 
+def test_a_site_begins_what_comes_next_before_its_reply_is_fetched_and_is_not_asked_to_train_it_twice(made):
+    said = []
+
+    def listening(pass_on, head, body, seconds):
+        said.append((head["do"], head.get("request", {}).get("round")))
+        return pass_on(head, body)
+
+    federation = made({"a": listening})
+    first, second = asked(["a"]), asked(["a"], number=1, tensors={"x": torch.zeros(3)})
+    list(federation.exchange([first[0]._replace(then=second[0])]))
+    assert said.index(("begin", 1)) < said.index(("get", None))
+    (reply,) = federation.exchange(second)
+    assert reply.round == 1 and len(federation.sites["a"].ran) == 2 and federation.notes == []
+
+
+def test_a_site_that_may_not_begin_what_comes_next_is_asked_in_its_turn(made):
+    def denying(pass_on, head, body, seconds):
+        early = head["do"] == "begin" and head["request"]["round"] == 1 and not turn
+        return ({"error": "no more today", "rule": "rounds_a_day"}, b"") if early else pass_on(head, body)
+
+    turn, federation = [], made({"a": denying})
+    first, second = asked(["a"]), asked(["a"], number=1)
+    assert [each.round for each in federation.exchange([first[0]._replace(then=second[0])])] == [0]
+    turn.append(1)
+    assert [each.round for each in federation.exchange(second)] == [1] and federation.notes == []
+
+
 @pytest.mark.parametrize("fault", [twice, unanswered(at({1, 3, 4})), unreachable(at({0, 2, 3}))])
 def test_lost_and_doubled_calls_do_not_show(made, fault):
     federation = made({"bb": fault})
