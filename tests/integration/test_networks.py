@@ -29,8 +29,8 @@ def prepare(place):
     (place / "recipe.toml").write_text(recipe + "[evaluate]\nalone = false\n")
 
 
-def live(them):
-    return json.loads((them["server"].folder / "federation" / "runs" / "tiny" / "live.json").read_text())
+def live(them, run="tiny"):
+    return json.loads((them["server"].folder / "federation" / "runs" / run / "live.json").read_text())
 
 
 def same(one, other):
@@ -109,3 +109,26 @@ def test_garbage_at_the_port_breaks_nothing(tmp_path):
         stranger.kill()
         stranger.wait()
         assert "round 2 of 2: 3 silos" in printed, printed
+
+
+def test_with_a_delay_silos_train_while_their_fragments_cross_slow_links(tmp_path):
+    prepare(tmp_path)
+    recipe = (
+        (tmp_path / "recipe.toml").read_text().replace("rounds = 2", "rounds = 6").replace("steps = 2", "steps = 40")
+    )
+    (tmp_path / "recipe.toml").write_text(recipe + "every = 6\n[share]\nname = 'fragments'\ncount = 2\n")
+    seconds = {}
+    with federation(tmp_path, dict.fromkeys(SITES, Slow(0.02, 0.0, 20))) as them:
+        server = them["server"]
+        for delay in (0, 1):
+            name = f"delay-{delay}"
+            how = ["--name", name, "--set", f"share.delay={delay}"]
+            printed = server.types("federation", "run", str(tmp_path / "recipe.toml"), *how, seconds=1500)
+            assert "round 6 of 6: 3 silos" in printed, printed
+            events = [json.loads(line) for line in (server.folder / "runs" / name / "events.jsonl").open()]
+            rounds = [event["seconds"]["train"] for event in events if event["event"] == "round"]
+            seconds[delay] = sum(rounds)
+            print(f"{name}: {rounds} s, {live(them, name)['sites']['a']}")
+        far = adapter_or_model(server.folder / "runs" / "delay-1")
+    assert same(adapter_or_model(on_one_machine(tmp_path, "share.delay=1")), far)
+    assert seconds[1] < 0.9 * seconds[0]

@@ -110,10 +110,10 @@ def federation(place: Path, slow: dict[str, Slow] | None = None, policies: dict[
         yield them
 
 
-def on_one_machine(place: Path) -> Path:
+def on_one_machine(place: Path, *settings: str) -> Path:
     """The same recipe and text in one process."""
-    settings = [f"silos.{name}={place / f'{name}.jsonl'}" for name in SITES]
-    return run_here(read_recipe(place / "recipe.toml", settings), place / "local")
+    texts = [f"silos.{name}={place / f'{name}.jsonl'}" for name in SITES]
+    return run_here(read_recipe(place / "recipe.toml", [*texts, *settings]), place / "local")
 
 
 def adapter(run: Path):
