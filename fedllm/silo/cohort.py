@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -20,6 +19,9 @@ from fedllm.core.types import Cohort, Reply, Request, Silo, Tensors
 from fedllm.silo.fit import Settings, step_count, steps_taken
 from fedllm.silo.inner import steps_made
 from fedllm.silo.trainables import trained
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
 
 PROMPT = "prompt_encoder.default."
 """Where `peft` keeps what makes a soft prompt."""
@@ -78,6 +80,9 @@ class StackedPrompt(nn.Module):
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Return the model's LoRA layers by name."""
+    # Here, since peft takes seconds to load, and a site's daemon has no model.
+    from peft.tuners.lora import Linear as LoraLinear
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 

@@ -24,6 +24,8 @@ from tests.integration.test_two_machines import SITES, adapter, prepare
 KILLS = int(os.environ.get("FEDLLM_KILLS", "100"))
 SEED = int(os.environ.get("FEDLLM_SEED", "0"))
 KILLS_A_RUN = 3
+SHARES = [[], ["share.name=fragments", "share.count=2", "share.delay=1"]]
+"""How the runs share, in turn: all at once, and parts that come late, so that rounds are begun before their turn."""
 LIMIT = float(os.environ.get("FEDLLM_LIMIT", "240"))
 """Seconds within which a run must end, from its last kill on; a busy machine needs more."""
 
@@ -100,10 +102,13 @@ def test_a_hundred_kills(tmp_path):
         (tmp_path / name / "site.toml").write_text(
             text.replace("[models]\n", f'[models]\n"{tmp_path / "model"}" = {{}}\n')
         )
-    settings = [f"silos.{name}={tmp_path / f'{name}.jsonl'}" for name in SITES]
-    more = ["evaluate.alone=false", "rounds=6", "client.steps=6"]
-    here = adapter(run_here(read_recipe(tmp_path / "recipe.toml", [*settings, *more]), tmp_path / "local"))
-    recipe = write_recipe(read_recipe(tmp_path / "recipe.toml", [*more, "federation.patience=90"]))
+    undisturbed, recipes = [], []
+    for place, share in enumerate(SHARES):
+        settings = [f"silos.{name}={tmp_path / f'{name}.jsonl'}" for name in SITES]
+        more = ["evaluate.alone=false", "rounds=6", "client.steps=6", *share]
+        here = run_here(read_recipe(tmp_path / "recipe.toml", [*settings, *more]), tmp_path / f"local_{place}")
+        undisturbed.append(adapter(here))
+        recipes.append(write_recipe(read_recipe(tmp_path / "recipe.toml", [*more, "federation.patience=90"])))
     commands = {
         name: [*FEDLLM, "site", "start", str(tmp_path / name / "site.toml"), "--data", str(tmp_path / f"{name}.jsonl")]
         for name in SITES
@@ -115,6 +120,7 @@ def test_a_hundred_kills(tmp_path):
         while killed < KILLS:
             number += 1
             name, end, kills = f"run_{number}", None, []
+            here, recipe = undisturbed[number % len(SHARES)], recipes[number % len(SHARES)]
             assert "error" not in answer(folder, "admin@example.org", {"do": "submit", "name": name, "recipe": recipe})
             for _ in range(KILLS_A_RUN):
                 wait = time.monotonic() + chance.uniform(1, 20)

@@ -77,6 +77,13 @@ def test_what_a_quick_command_imports_loads_no_torch(module):
     assert done.stdout.strip() == "[]"
 
 
+def test_a_sites_daemon_loads_no_models():
+    parts = "fedllm.app.site, fedllm.app.site_privacy, fedllm.federation.desk, fedllm.silo.models"
+    code = f"import sys, {parts}; print(sorted({{'transformers', 'peft', 'datasets'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_file_is_longer_than_400_lines():
     tests = Path(__file__).resolve().parents[1]
     for path in [*FILES, *tests.rglob("*.py")]:
