@@ -2,9 +2,10 @@
 
     python -m benchmarks.pretrain_sweep [--out FOLDER] [name=value ...]
 
-`silos`, `rows` and `steps` of the run, `rate` and `inner` steps a round inside, `outer` rate with its `warmup` and
-`momentum` outside, `bits` of what is sent both ways (0: float32); without any, the settings in `TRIED`, of which those
-that are in the file are not run again. Each takes two to five minutes of one quiet core.
+`silos`, `rows` and `steps` of the run, `rate`, the `floor` that it falls to and `inner` steps a round inside, `outer`
+rate with its `warmup` and `momentum` outside, `bits` of what is sent both ways (0: float32), and the `dtype`, of which
+bfloat16 takes many times as long on a processor that does not know it; without any, the settings in `TRIED`, of which
+those that are in the file are not run again. Each takes two to five minutes of one quiet core.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Trial(NamedTuple):
     inner: int = 30
     bits: int = 0
     warmup: float = 0.0
+    floor: float = 0.1
+    dtype: str = "bfloat16"
 
 
 TRIED = [
@@ -80,11 +83,12 @@ def tried(trial: Trial, out: Path) -> dict[str, Any]:
     """Run a trial, or go on with it, and return its held-out loss."""
     setting = Setting(steps=trial.steps, rows=trial.rows, hidden=trial.hidden, layers=trial.layers)
     folder = out / f"{trial.hidden}x{trial.layers}"
-    outer = {"name": "nesterov", "learning_rate": trial.outer, "momentum": trial.momentum, "warmup": trial.warmup}
-    recipe = {"optimiser": outer} | (packed(trial.bits) if trial.bits else {})
-    kind = Kind(trial.silos, inner=trial.inner, client={"learning_rate": trial.rate}, recipe=recipe)
+    outside = {"name": "nesterov", "learning_rate": trial.outer, "momentum": trial.momentum, "warmup": trial.warmup}
+    tables = {"dtype": trial.dtype, "optimiser": outside} | (packed(trial.bits) if trial.bits else {})
+    inside = {"learning_rate": trial.rate, "floor": trial.floor}
+    kind = Kind(trial.silos, inner=trial.inner, client=inside, recipe=tables)
     begin(setting, folder)
-    run = folder / "-".join(f"{value:g}" for value in trial)
+    run = folder / "-".join(map(str, trial))
     recipe = recipe_of(kind, setting, str(folder / "start"), folder / "data")
     fedllm.resume(run) if (run / "recipe.toml").exists() else fedllm.run(recipe, run)
     found = outcome(run, setting, folder, kind)
