@@ -46,7 +46,8 @@ def fragments(
     fragment, g being the value that it last received for it and w its own; the server steps. The new g is sent down
     `delay` rounds after the next request would have brought it, so that a round's training need not wait for the
     exchange of the one before, and is mixed in: w = mixing * w + (1 - mixing) * g. Between machines it does not wait:
-    with a `delay` the next round's request is with the silo before this round's training ends.
+    with a `delay` the next round's request is with the silo before this round's training ends. One whose reply is lost
+    has then begun the next round from what it knew, and as no round is trained twice it misses that one too.
     A silo that comes late, or did not answer when it was last asked, is sent the whole model.
 
     Raises:

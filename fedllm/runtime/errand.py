@@ -9,11 +9,12 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import LATE, Request
 from fedllm.runtime.line import Head
+from fedllm.runtime.spool import Stored
 from fedllm.runtime.transfer import LONGEST, Link, ask, plain, whole
 from fedllm.runtime.wire import request_head
 
@@ -28,21 +29,28 @@ def request_id(key: str, head: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def begun(link: Link, request: Request, key: str) -> Head:
-    """Begin a request whose tensors are the file of this key; raise `Refused` if the site does not do it."""
-    answer = asked(link, {"do": "begin", "key": key, "request": request_head(request)}, LONGEST)
+class Packed(NamedTuple):
+    """A request and the file of its tensors."""
+
+    request: Request
+    stored: Stored
+
+
+def begun(link: Link, work: Packed) -> Head:
+    """Begin a request whose tensors a site should have; raise `Refused` if it does not do it."""
+    answer = asked(link, {"do": "begin", "key": work.stored.key, "request": request_head(work.request)}, LONGEST)
     link.moved = time.monotonic()
     return answer
 
 
-def finished(link: Link, request: Request, key: str, answer: Head, stall: float, deadline: float = math.inf) -> Head:
-    """Wait for the end of what was begun: an answer whose state is `done` or `unknown`.
+def finished(link: Link, work: Packed, answer: Head, since: float, stall: float, deadline: float) -> Head:
+    """Wait for the end of what was begun at the time `since`: an answer whose state is `done` or `unknown`.
 
     Raises:
         Refused: the work failed, made no step for `stall` seconds, or was not done after `deadline` seconds.
     """
-    name, last = request_id(key, request_head(request)), (-1.0, -1.0)
-    stepped = since = time.monotonic()
+    request, key = work.request, work.stored.key
+    name, last, stepped = request_id(key, request_head(request)), (-1.0, -1.0), time.monotonic()
     while answer.get("state") == "running":
         now = time.monotonic()
         done = shown(answer.get("progress"))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import Exchange, Reply, Request
-from fedllm.runtime.errand import begun, finished, greet, promised
+from fedllm.runtime.errand import Packed, begun, finished, greet, promised
 from fedllm.runtime.line import Aborted, Head, Line, Unreachable
 from fedllm.runtime.meter import Traffic
 from fedllm.runtime.spool import Stored, open_message, save_message
@@ -37,13 +37,6 @@ LOST = f"it lost the request {ATTEMPTS} times"
 
 LARGE = 1 << 25
 """Bytes above which what a site is sent, or sends, is of a large model: its reply is not read but stays in its file."""
-
-
-class Packed(NamedTuple):
-    """A request and the file of its tensors."""
-
-    request: Request
-    stored: Stored
 
 
 class Arrived(NamedTuple):
@@ -103,7 +96,7 @@ def remote(
             with slot(link, slots):
                 send(link, work.stored)
         for _ in range(ATTEMPTS):
-            answer = begun(link, work.request, work.stored.key)
+            answer = begun(link, work)
             if answer.get("state") != "missing":
                 had.add((link.site, work.stored.key))
                 return answer
@@ -113,15 +106,15 @@ def remote(
 
     def obtain(link: Link, work: Packed, then: Packed | None, slots: Semaphore, arrived: SimpleQueue[Any]) -> None:
         """Get one reply's file and hold a place on the spool until it is taken."""
-        request, stored = work
+        request = work.request
         for _ in range(ATTEMPTS):
-            answer = begin(link, work, slots)
+            answer, since = begin(link, work, slots), time.monotonic()
             if then:
                 # What it says against that it says again when it is asked in earnest.
                 with suppress(Refused):
                     begin(link, then, slots)
                 then = None
-            answer = finished(link, request, stored.key, answer, stall, deadline(request))
+            answer = finished(link, work, answer, since, stall, deadline(request))
             if answer["state"] == "done":
                 break
         else:
@@ -129,7 +122,7 @@ def remote(
         key, size = promised(answer, largest if isinstance(largest, int) else largest(request))
         with slot(link, slots):
             file = fetch(link, key, size, spool / f"reply-{file_name(link.site, key)}")
-            item = Arrived(request, stored.size, file, Event())
+            item = Arrived(request, work.stored.size, file, Event())
             tell(link.site, "done", {})
             arrived.put(item)
             while not item.taken.wait(0.2):
