@@ -188,11 +188,20 @@ def test_a_step_changes_none_of_its_inputs(optimiser):
 def test_nesterovs_defaults_follow_from_the_runs_length():
     # DiLoCo's values where nothing is known of the run, or it is long.
     assert nesterov().name == nesterov(0.7, 0.9).name == nesterov(rounds=3000).name
-    # 1 - 300 / 600 = 0.5, and 1 - 0.5 / 3; what the recipe says is left as it is.
-    assert nesterov(rounds=600).name == "Nesterov(lr 0.833333, momentum 0.5)"
+    assert nesterov(rounds=96).name == nesterov(rounds=750).name == "Nesterov(lr 1, momentum 0.6)"
+    # Half way from 54 to 96; and 1 - 300 / 1500 = 0.8, whose rate is 0.7 + 0.9 - 0.8.
+    assert nesterov(rounds=75).name == "Nesterov(lr 1, momentum 0.3)"
+    assert nesterov(rounds=1500).name == "Nesterov(lr 0.8, momentum 0.8)"
+    # What the recipe says is left as it is.
     assert nesterov(1.0, 0.9, rounds=600).name == "Nesterov(lr 1, momentum 0.9)"
-    assert nesterov(momentum=0.6, rounds=10).name == "Nesterov(lr 0.8, momentum 0.6)"
-    assert outer_momentum(300) == outer_momentum(1) == 0.0
+    assert nesterov(momentum=0.9, rounds=10).name == "Nesterov(lr 0.7, momentum 0.9)"
+    assert outer_momentum(54) == outer_momentum(1) == 0.0
+
+
+def test_a_momentum_that_follows_from_the_runs_length_comes_with_a_rate_that_rises_over_a_tenth_of_it():
+    given = nesterov(1.0, 0.6, warmup=0.1, rounds=100)
+    assert two_steps(nesterov(rounds=100), 2.0, 4.0) == two_steps(given, 2.0, 4.0)
+    assert two_steps(nesterov(1.0, 0.6, rounds=100), 2.0, 4.0) != two_steps(given, 2.0, 4.0)
 
 
 def test_a_short_runs_default_is_plain_averaging():
