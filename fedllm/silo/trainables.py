@@ -145,7 +145,8 @@ def peft_method(method: str, **config: Any) -> Trainable:
                 return get_peft_model(model, settings)
             except TypeError as error:
                 raise FedllmError(unsettled(method, error)) from error
-            except (ValueError, NotImplementedError) as error:
+            # A rank of 0, which most methods refuse, some divide by.
+            except (ValueError, NotImplementedError, ZeroDivisionError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
     return Trainable(method.lower(), attach, without_adapter, lambda model: merge(method, model), adapter=True)
@@ -203,10 +204,10 @@ def linear_suffixes(model: nn.Module) -> set[str]:
 
 
 def misfit(method: str, model: nn.Module, error: Exception) -> str:
-    """Say in one sentence that a method does not fit a model."""
+    """Say in one sentence that a method, with these settings and at these layers, does not fit a model."""
     return (
-        f"peft's {method} does not fit {type(model).__name__} ({first_sentence(error)}); set "
-        f"trainable.target_modules to some of: {', '.join(sorted(linear_suffixes(model)))}."
+        f"peft's {method} does not fit {type(model).__name__} ({first_sentence(error)}); change that setting under "
+        f"[trainable], or aim trainable.target_modules at some of: {', '.join(sorted(linear_suffixes(model)))}."
     )
 
 

@@ -95,7 +95,7 @@ MISTAKES = {
     "a type": (["--set", "rounds=many"], "'rounds' is 'many'; input should be a valid integer"),
     "a setting's type": (["--set", "client.steps=few"], "client.steps is 'few'; input should be a valid integer"),
     "no equals": (["--set", "rounds"], "--set 'rounds' has no '='; write it as key.path=value."),
-    "a module": (["--set", 'trainable.target_modules=["qkv"]'], "set trainable.target_modules to some of: down_proj"),
+    "a module": (["--set", 'trainable.target_modules=["qkv"]'], "aim trainable.target_modules at some of: down_proj"),
     "the cohort": (
         ["--set", "runtime=cohort", "--set", "trainable.dropout=0.1"],
         "runtime is 'cohort', which trains plain LoRA without dropout",

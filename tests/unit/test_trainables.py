@@ -244,11 +244,15 @@ def test_target_modules_that_the_model_does_not_have_are_answered_with_those_it_
         ("SHIRA", {}),
         ("ROAD", {}),
         ("LORA", {"r": 0}),
+        ("LORA", {"lora_dropout": 3.0}),
+        ("VERA", {"r": 0}),
     ],
 )
 def test_settings_that_do_not_fit_the_model_give_one_sentence(name, config):
     with pytest.raises(FedllmError, match=f"peft's {name} does not fit LlamaForCausalLM") as caught:
         attach(peft_method(name, **config))
+    # What is wrong need not be where the method aims.
+    assert "change that setting under [trainable], or aim" in str(caught.value)
     assert "\n" not in str(caught.value) and "base_layer" not in str(caught.value)
 
 
