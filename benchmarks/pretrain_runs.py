@@ -104,7 +104,7 @@ def written(count: int, setting: Setting, folder: Path) -> dict[str, dict[str, s
 
 def recipe_of(kind: Kind, setting: Setting, model: str, data: Path) -> dict[str, Any]:
     """Return the recipe of a run."""
-    rows = setting.rows // kind.silos
+    rows = max(1, setting.rows // kind.silos)
     client = {
         "steps": kind.inner,
         "learning_rate": 4e-3,

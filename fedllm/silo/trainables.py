@@ -130,6 +130,9 @@ def peft_method(method: str, **config: Any) -> Trainable:
             raise FedllmError(f"trainable.{key} is not a setting of peft's {method}; {nearest(key, known)}")
     if "num_virtual_tokens" in known and method != "CPT" and "num_virtual_tokens" not in config:
         raise FedllmError(f"trainable.num_virtual_tokens is missing; say how many tokens peft's {method} learns.")
+    tokens = config.get("num_virtual_tokens", 1)
+    if type(tokens) is not int or tokens < 1:
+        raise FedllmError(f"trainable.num_virtual_tokens is {tokens!r}; it must be a whole number, 1 or more.")
     if "task_type" in known:
         config.setdefault("task_type", "CAUSAL_LM")
 

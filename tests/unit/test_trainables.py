@@ -291,6 +291,9 @@ def test_unknown_methods_and_settings_are_answered_with_the_nearest():
         peft_method("LORA", lora_alfa=3)
     with pytest.raises(FedllmError, match="num_virtual_tokens is missing"):
         peft_method("PROMPT_TUNING")
+    for count in (0, "many"):
+        with pytest.raises(FedllmError, match=rf"num_virtual_tokens is {count!r}; it must be a whole number, 1 or"):
+            peft_method("PREFIX_TUNING", num_virtual_tokens=count)
 
 
 def test_writing_other_names_than_the_models_is_refused():
