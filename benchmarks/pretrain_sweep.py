@@ -2,10 +2,11 @@
 
     python -m benchmarks.pretrain_sweep [--out FOLDER] [name=value ...]
 
-`silos`, `rows` and `steps` of the run, `rate`, the `floor` that it falls to and `inner` steps a round inside, `outer`
-rate with its `warmup` and `momentum` outside, `bits` of what is sent both ways (0: float32), and the `dtype`, of which
-bfloat16 takes many times as long on a processor that does not know it; without any, the settings in `TRIED`, of which
-those that are in the file are not run again. Each takes two to five minutes of one quiet core.
+`silos`, `rows`, `steps` and `seed` of the run, the `optimiser` inside with its `rate`, the `floor` that it falls to,
+`beta2` and `inner` steps a round, `outer` rate with its `warmup` and `momentum` outside, `bits` of what is sent both ways
+(0: float32), and the `dtype`, of which bfloat16 takes many times as long on a processor that does not know it; without
+any, the settings in `TRIED`, of which those that are in the file are not run again. Each takes two to five minutes of
+one quiet core.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Trial(NamedTuple):
     warmup: float = 0.0
     floor: float = 0.1
     dtype: str = "bfloat16"
+    optimiser: str = "adamw"
+    beta2: float = 0.99
+    seed: int = 0
 
 
 TRIED = [
@@ -85,11 +89,12 @@ def tried(trial: Trial, out: Path) -> dict[str, Any]:
     folder = out / f"{trial.hidden}x{trial.layers}"
     outside = {"name": "nesterov", "learning_rate": trial.outer, "momentum": trial.momentum, "warmup": trial.warmup}
     tables = {"dtype": trial.dtype, "optimiser": outside} | (packed(trial.bits) if trial.bits else {})
-    inside = {"learning_rate": trial.rate, "floor": trial.floor}
+    inside = {"optimiser": trial.optimiser, "learning_rate": trial.rate, "floor": trial.floor}
+    inside["betas"] = (0.9, trial.beta2)
     kind = Kind(trial.silos, inner=trial.inner, client=inside, recipe=tables)
     begin(setting, folder)
     run = folder / "-".join(map(str, trial))
-    recipe = recipe_of(kind, setting, str(folder / "start"), folder / "data")
+    recipe = recipe_of(kind, setting._replace(seed=trial.seed), str(folder / "start"), folder / "data")
     fedllm.resume(run) if (run / "recipe.toml").exists() else fedllm.run(recipe, run)
     found = outcome(run, setting, folder, kind)
     return {key: found[key] for key in ("loss", "rounds", "tokens", "seconds")}

@@ -30,6 +30,8 @@ from fedllm.core.types import Facts, Share, Tensors, on_meta
 from fedllm.exchange.availability import told
 from fedllm.exchange.ledger import spent
 from fedllm.runtime.remote import LARGE
+from fedllm.silo.muon import inner_matrices
+from fedllm.silo.trainables import trained
 
 ADAMW_BYTES = 12
 """Gradient and two moments in float32, a trained value."""
@@ -196,14 +198,19 @@ def remembered(parts: Parts) -> int:
     """Return what a silo remembers between rounds: its optimiser's moments, weights of its own, codecs' errors."""
     recipe, stage = parts.recipe, whole_update(parts)
     whole = size(on_meta(parts.params).values())
-    kept = (
-        2 * whole * (bool(recipe.client.get("keep_optimiser")) and recipe.client.get("optimiser", "adamw") == "adamw")
-    )
+    kept = moments(parts) if recipe.client.get("keep_optimiser") else 0
     kept += 2 * whole * (recipe.share["name"] == "fragments")
     for transform in transforms(recipe, len(parts.silos.names), parts.secret):
         sent, errors = transform.encode(stage, {}, 0)
         kept, stage = kept + size(errors.values()), dict(sent)
     return kept
+
+
+def moments(parts: Parts) -> int:
+    """Return what the optimiser of local training remembers: two moments of a value, or one where Muon steps it."""
+    optimiser, params = parts.recipe.client.get("optimiser", "adamw"), on_meta(parts.params)
+    alone = [params[name] for name in inner_matrices(parts.model, trained(parts.model))] if optimiser == "muon" else []
+    return 0 if optimiser == "sgd" else 2 * size(params.values()) - size(alone)
 
 
 def away(parts: Parts) -> bool:

@@ -58,6 +58,11 @@ def make_work(
     guard = Guard(secret, lambda records: privacy.record_noise(recipe, records))
     bound = [guard] if privacy.hides_records(recipe) else []
     plain: Work = make("client", part, objective, pad, *bound, rounds=recipe.rounds)
+    if part.get("optimiser") == "muon" and trainable.adapter:
+        raise FedllmError(
+            f"client.optimiser 'muon' steps whole matrices of a model, and trainable '{trainable.name}' trains parts "
+            "beside them; use 'adamw', or trainable.name = 'full'."
+        )
     work = trainable.work(plain)
     if bound and work is not plain:
         raise FedllmError(

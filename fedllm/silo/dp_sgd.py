@@ -115,7 +115,7 @@ def dp_sgd(
         deviation = (guard.noise(len(records)) if noise is None else noise) * clip * slack(expected)
         # Bound to what was sent: to other weights in the same round it answers with noise and records of their own.
         secret = key_of(guard.secret, "records", silo.seed, request.round, digest(request.tensors))
-        stepping = inner_optimiser(params, inner, {})
+        stepping = inner_optimiser(silo.model, params, inner, {})
         with ExitStack() as stack, seeded(derive(silo.seed, "fit", request.round), device):
             room = Room(tokens=pass_tokens(silo.model, device)) if micro_batch is None else Room(micro_batch)
             gradients = clipped_gradients(silo.model, params, objective, pad_id, clip, room, stack)

@@ -93,7 +93,7 @@ def fit(
         draws(silo.data["train"], settings.batch_size, first_step, steps, derive(silo.seed, "order"))
         for request, silo in members
     ]
-    part, optimiser = part_of(params), inner_optimiser(params, settings.inner, kept)
+    part, optimiser = part_of(params), inner_optimiser(model, params, settings.inner, kept)
     loss_C = torch.zeros(clients, device=device)
     read, scored = [0] * clients, [0] * clients
     model.train()

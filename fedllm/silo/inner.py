@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from fedllm.core.schedule import Schedule, factor
 from fedllm.core.tensors import below
 from fedllm.core.types import Tensors
+from fedllm.silo.muon import Muon, inner_matrices
 from fedllm.silo.sharded import spread
+
+InnerName: TypeAlias = Literal["adamw", "sgd", "muon"]
 
 
 class Inner(NamedTuple):
     """How a client steps; `local_training` says what each means."""
 
-    name: Literal["adamw", "sgd"]
+    name: InnerName
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float
@@ -25,17 +28,23 @@ class Inner(NamedTuple):
     keep: bool
 
 
-def inner_optimiser(params: Mapping[str, nn.Parameter], inner: Inner, kept: Tensors) -> torch.optim.Optimizer:
-    """Return an optimiser over the parameters that goes on from what was `kept` of it, or a fresh one."""
+def inner_optimiser(
+    model: nn.Module, params: Mapping[str, nn.Parameter], inner: Inner, kept: Tensors
+) -> torch.optim.Optimizer:
+    """Return an optimiser over parameters of the model that goes on from what was `kept` of it, or a fresh one."""
     values = list(params.values())
     if inner.name == "sgd":
         return torch.optim.SGD(values, inner.learning_rate, weight_decay=inner.weight_decay)
-    optimiser = torch.optim.AdamW(
-        values,
-        inner.learning_rate,
-        betas=inner.betas,
-        weight_decay=inner.weight_decay,
-        fused=values[0].device.type != "mps",
+    settings: dict[str, Any] = {
+        "lr": inner.learning_rate,
+        "betas": inner.betas,
+        "weight_decay": inner.weight_decay,
+        "fused": values[0].device.type != "mps",
+    }
+    optimiser = (
+        Muon(values, list(inner_matrices(model, params).values()), **settings)
+        if inner.name == "muon"
+        else torch.optim.AdamW(values, **settings)
     )
     if kept:
         # Copies, since steps are taken in place and what a silo remembers must not change under it.

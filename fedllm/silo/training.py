@@ -18,7 +18,7 @@ from fedllm.core.tensors import subtract
 from fedllm.core.types import Reply, Request, Silo, Tensors, Work
 from fedllm.silo.cohort import by_equal_steps, stack, stacked
 from fedllm.silo.fit import Fit, Settings, fit, seeded, step_count
-from fedllm.silo.inner import Inner, kept_of, sound, stack_kept
+from fedllm.silo.inner import Inner, InnerName, kept_of, sound, stack_kept
 from fedllm.silo.objective import Objective
 from fedllm.silo.sharded import gathered, part_of
 from fedllm.silo.trainables import trained, write
@@ -34,7 +34,7 @@ def local_training(
     micro_batch: int | None = None,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
-    optimiser: Literal["adamw", "sgd"] = "adamw",
+    optimiser: InnerName = "adamw",
     betas: tuple[float, float] = (0.9, 0.999),
     keep_optimiser: bool = False,
     schedule: Shape = "constant",
@@ -49,7 +49,8 @@ def local_training(
 
     `micro_batch` rows are computed at a time and their gradients accumulated. Gradients are scaled
     down to `max_grad_norm` (0: not at all). The optimiser starts afresh every round, or with
-    `keep_optimiser` goes on with the moments that stayed at the silo.
+    `keep_optimiser` goes on with the moments that stayed at the silo. `muon` is AdamW but for the matrices of a model
+    that is trained whole (`silo/muon.py`).
 
     The learning rate rises over the first `warmup` steps (below 1: that share of all), then is `constant` or falls,
     `linear` or as a `cosine`, to `floor` times itself over all steps of all `rounds`. Step i of round r is

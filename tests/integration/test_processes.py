@@ -75,8 +75,10 @@ def kill_one(tokens):
         each.kill()
 
 
-def test_a_run_with_two_processes_is_that_with_one(place, tmp_path):
-    one = fedllm.run(recipe(place), tmp_path / "one")
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_run_with_two_processes_is_that_with_one(place, tmp_path, optimiser):
+    client = {**recipe(place).client, "optimiser": optimiser}
+    one = fedllm.run(recipe(place, client=client), tmp_path / "one")
 
     class Stop(Ui):
         steps = 0
@@ -90,7 +92,7 @@ def test_a_run_with_two_processes_is_that_with_one(place, tmp_path):
 
     # Stopped in its second round and resumed: what the optimiser knew is put together and taken apart again.
     with pytest.raises(Interrupted):
-        fedllm.run(recipe(place, processes=2), tmp_path / "two", ui=Stop(None))
+        fedllm.run(recipe(place, client=client, processes=2), tmp_path / "two", ui=Stop(None))
     assert not children()
     two = fedllm.resume(tmp_path / "two")
     assert not children()

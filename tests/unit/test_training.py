@@ -68,6 +68,7 @@ def in_rounds(work, model, start, rounds, first=0):
         {"schedule": "cosine", "warmup": 3},
         {"schedule": "linear", "warmup": 0.25, "floor": 0.1},
         {"optimiser": "sgd", "schedule": "cosine"},
+        {"optimiser": "muon", "weight_decay": 0.1},
     ],
     ids=str,
 )
