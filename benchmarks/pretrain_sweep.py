@@ -3,10 +3,10 @@
     python -m benchmarks.pretrain_sweep [--out FOLDER] [name=value ...]
 
 `silos`, `rows`, `steps` and `seed` of the run, the `optimiser` inside with its `rate`, the `floor` that it falls to,
-`beta2` and `inner` steps a round, `outer` rate with its `warmup` and `momentum` outside, `bits` of what is sent both ways
-(0: float32), and the `dtype`, of which bfloat16 takes many times as long on a processor that does not know it; without
-any, the settings in `TRIED`, of which those that are in the file are not run again. Each takes two to five minutes of
-one quiet core.
+`beta2` and `inner` steps a round, `outer` rate with its `warmup` and `momentum` outside, `bits` of what is sent both
+ways (0: float32), and the `dtype`, of which bfloat16 takes many times as long on a processor that does not know it;
+without any, the settings in `TRIED`, of which those that are in the file are not run again. Each takes two to five
+minutes of one quiet core.
 """
 
 from __future__ import annotations
