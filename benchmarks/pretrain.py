@@ -14,9 +14,9 @@ on both sides; with AdamW it is `over_data_parallel.int4_h100`.
 
 What continued pre-training keeps of its gain (`gain_kept`) is another run, read from continued.json where it is there.
 
-Each run takes about half an hour of one quiet core, those with Muon, in float32, about one. A run that is killed goes on
-from its last round, and one that is done is read from its file in benchmarks/results/pretrain; runs that are not done are
-null in the last line.
+Each run takes about half an hour of one quiet core, those with Muon, in float32, about one. A run that is killed
+goes on from its last round; one that is done is read from its file in benchmarks/results/pretrain; one that is not done is null
+in the last line.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ KINDS = {
     "int4_h100_muon": Kind(
         2,
         inner=100,
-        client=MUON | {"learning_rate": 2e-3},
+        client=MUON | {"learning_rate": 2.2e-3},
         recipe={"optimiser": OUTSIDE_H100 | {"warmup": 0.05}} | packed(4) | FLOAT32,
     ),
 }
