@@ -14,8 +14,8 @@ on both sides; with AdamW it is `over_data_parallel.int4_h100`.
 
 What continued pre-training keeps of its gain (`gain_kept`) is another run, read from continued.json where it is there.
 
-Each run takes about half an hour of one quiet core, those with Muon, in float32, about one. A run that is killed
-goes on from its last round; one that is done is read from its file in benchmarks/results/pretrain; one that is not done is null
+Each run takes about half an hour of one quiet core, those with Muon, in float32, an hour. A run that is killed goes on
+from its last round, and one that is done is read from its file in benchmarks/results/pretrain; what is not done is null
 in the last line.
 """
 
