@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedllm.silo.sharded import spread
+from fedllm.silo.sharded import spread, whole
 
 MOMENTUM = 0.95
 
@@ -67,12 +67,6 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
     return wide.mT.contiguous() if matrix.shape[0] > matrix.shape[1] else wide
-
-
-def whole(value: Any) -> Tensor:
-    """Return a tensor of which this process may have a shard only."""
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return full
 
 
 def inner_matrices(model: Any, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -74,14 +74,20 @@ def spread(value: Tensor, like: Any) -> Tensor:
     return distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def whole(value: Any) -> Tensor:
+    """Return a tensor of which this process may have a shard only; all processes take part."""
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full
+
+
 def gathered(tensors: Tensors) -> dict[str, Tensor]:
     """Return sharded tensors whole in the first process, one after the other, and nothing in all others."""
     if not any(hasattr(value, "full_tensor") for value in tensors.values()):
         return dict(tensors)
     found = dict[str, Tensor]()
     for name, value in tensors.items():
-        # All processes take part; only the first keeps what came together.
-        full = value.full_tensor() if hasattr(value, "full_tensor") else value
+        # Only the first keeps what came together.
+        full = whole(value)
         if torch.distributed.get_rank() == 0:
             found[name] = full.cpu()
     return found

@@ -146,10 +146,10 @@ def peft_method(method: str, **config: Any) -> Trainable:
             # peft has no error of its own: which of Python's it is tells what was wrong.
             try:
                 return get_peft_model(model, settings)
-            except TypeError as error:
+            # A rank of 0, which most methods refuse, some divide by: a setting, whatever the layers.
+            except (TypeError, ZeroDivisionError) as error:
                 raise FedllmError(unsettled(method, error)) from error
-            # A rank of 0, which most methods refuse, some divide by.
-            except (ValueError, NotImplementedError, ZeroDivisionError) as error:
+            except (ValueError, NotImplementedError) as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
     return Trainable(method.lower(), attach, without_adapter, lambda model: merge(method, model), adapter=True)
@@ -184,8 +184,8 @@ def configured(method: str, kind: Callable[..., Any], settings: Mapping[str, Any
 def unsettled(method: str, error: Exception) -> str:
     """Say in one sentence that a method's settings do not go together, or are of the wrong type."""
     return (
-        f"peft's {method} cannot take the settings of trainable ({first_sentence(error)}); one is missing, of the "
-        "wrong type or does not go with another: see its config class in peft's documentation."
+        f"peft's {method} cannot take the settings of trainable ({first_sentence(error)}); one is missing, 0, of "
+        "the wrong type or does not go with another: see its config class in peft's documentation."
     )
 
 

@@ -245,7 +245,6 @@ def test_target_modules_that_the_model_does_not_have_are_answered_with_those_it_
         ("ROAD", {}),
         ("LORA", {"r": 0}),
         ("LORA", {"lora_dropout": 3.0}),
-        ("VERA", {"r": 0}),
     ],
 )
 def test_settings_that_do_not_fit_the_model_give_one_sentence(name, config):
@@ -280,6 +279,11 @@ def test_a_method_that_needs_another_package_says_which(monkeypatch):
         pytest.skip("scikit-learn is here")
     with pytest.raises(FedllmError, match=r"needs a package that is not installed \(scikit-learn"):
         attach(peft_method("ADAMSS"))
+
+
+def test_a_rank_that_peft_divides_by_is_a_setting_that_it_cannot_take():
+    with pytest.raises(FedllmError, match=r"VERA cannot take the settings of trainable \(.*zero\); one is missing, 0,"):
+        attach(peft_method("VERA", r=0))
 
 
 def test_unknown_methods_and_settings_are_answered_with_the_nearest():

@@ -17,7 +17,9 @@ from fedllm.silo.examples import Example
 
 ORDERED = 64
 """Tokens up to which a text is put in order: each step looks at all candidates again."""
+
 STEPS = {"adamw": "AdamW", "muon": "Muon"}
+"""What the findings call the step of a recipe's own optimiser; plain SGD's is attacked anyway."""
 
 SEVERAL = 4
 """Steps on one record in a row that are attacked beside a single one."""
