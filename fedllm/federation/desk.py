@@ -121,7 +121,7 @@ class Desk:
         self._audit.close()
         self._alone.release()
 
-    def answer(self, data: bytes) -> bytes:
+    def answer(self, data: bytes | bytearray) -> bytes:
         """Answer one message of a peer: an error is an answer too."""
         try:
             return encode(*self._answer(data))
@@ -132,7 +132,7 @@ class Desk:
             error = f"the site could not do this ({type(problem).__name__}); its log says where"
             return encode({"error": error, "rule": ""})
 
-    def _answer(self, data: bytes) -> tuple[Head, bytes]:
+    def _answer(self, data: bytes | bytearray) -> tuple[Head, bytes]:
         head, body = decode(data)
         do = head.get("do")
         if not isinstance(do, str) or do not in self._does:

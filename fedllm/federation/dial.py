@@ -6,9 +6,12 @@ would hold a site, or an administrator's command, for ever.
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nvflare.apis.fl_component import FLComponent
@@ -45,10 +48,7 @@ class Dial(TcpDriver):
             plain.close()
             raise
         peer.settimeout(None)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):
-                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        keep_alive(peer)
         connection = SocketConnection(peer, connector, bool(context))
         self.add_connection(connection)
         connection.read_loop()
@@ -68,6 +68,71 @@ def install() -> None:
     driver_mgr.drivers.update(tcp=Dial, stcp=Dial)
 
 
+def keep_alive(peer: socket.socket) -> None:
+    """Have the system notice when the other end has died without a word."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        if hasattr(socket, option):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def server_of(kit: Path) -> tuple[str, int]:
+    """Return the server's address and port as a site's kit has them."""
+    (server,) = json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))["servers"]
+    host, port = server["service"]["target"].rsplit(":", 1)
+    return host, int(port)
+
+
+def dialled(kit: Path, name: str) -> ssl.SSLSocket:
+    """Return a connection with the run that waits at the server's port under this name.
+
+    Raises:
+        FedllmError: if there is none, or something between takes the name out of the greeting.
+    """
+    host, port = server_of(kit)
+    context = client_context(kit / "startup")
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([name])
+    with saying(host, port, SECONDS):
+        plain = socket.create_connection((host, port), SECONDS)
+        try:
+            peer = context.wrap_socket(plain, server_hostname=host)
+        except BaseException:
+            plain.close()
+            raise
+    if peer.selected_alpn_protocol() != name:
+        peer.close()
+        raise FedllmError(f"The port {host}:{port} does not lead to this run; see what TLS goes through on the way.")
+    peer.settimeout(None)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_alive(peer)
+    return peer
+
+
+def client_context(startup: Path) -> ssl.SSLContext:
+    """Return how a party shakes hands: with its own certificate, and with its federation's server alone."""
+    context = ssl.create_default_context(cafile=startup / "rootCA.pem")
+    context.load_cert_chain(startup / "client.crt", startup / "client.key")
+    return context
+
+
+@contextmanager
+def saying(host: str, port: int, seconds: float) -> Iterator[None]:
+    """Turn what goes wrong with a connection to the server into one sentence."""
+    try:
+        yield
+        return
+    except TimeoutError:
+        reason = f"does not answer within {seconds:g} s; see that it is not stuck, and that nothing between stops TCP"
+    except ssl.SSLCertVerificationError as error:
+        reason = f"is not this federation's ({error.verify_message}); check the address and the kit"
+    except ssl.SSLError as error:
+        reason = f"speaks no TLS of this federation ({error.reason}); check the address"
+    except OSError as error:
+        reason = f"cannot be reached ({error.strerror or error}); see that `fedllm federation start` runs there"
+    raise FedllmError(f"The server at {host}:{port} {reason}.")
+
+
 def knock(
     host: str, port: int, startup: Path, seconds: float = SECONDS, verdict: float = 0.0, patience: float = 0.0
 ) -> None:
@@ -80,26 +145,16 @@ def knock(
         FedllmError: if there is none, within `seconds` after that.
     """
     wait_for_port(host, port, seconds, time.monotonic() + patience)
-    context = ssl.create_default_context(cafile=startup / "rootCA.pem")
-    where = f"{host}:{port}"
-    try:
-        context.load_cert_chain(startup / "client.crt", startup / "client.key")
-        with (
-            socket.create_connection((host, port), seconds) as plain,
-            context.wrap_socket(plain, server_hostname=host) as peer,
-        ):
-            if not verdict or not refused(peer, verdict):
-                return
-            reason = "refuses this certificate, which has expired or was revoked; send a new request"
-    except TimeoutError:
-        reason = f"does not answer within {seconds:g} s; see that it is not stuck, and that nothing between stops TCP"
-    except ssl.SSLCertVerificationError as error:
-        reason = f"is not this federation's ({error.verify_message}); check the address and the kit"
-    except ssl.SSLError as error:
-        reason = f"speaks no TLS of this federation ({error.reason}); check the address"
-    except OSError as error:
-        reason = f"cannot be reached ({error.strerror or error}); see that `fedllm federation start` runs there"
-    raise FedllmError(f"The server at {where} {reason}.")
+    with (
+        saying(host, port, seconds),
+        socket.create_connection((host, port), seconds) as plain,
+        client_context(startup).wrap_socket(plain, server_hostname=host) as peer,
+    ):
+        if not verdict or not refused(peer, verdict):
+            return
+    raise FedllmError(
+        f"The server at {host}:{port} refuses this certificate, which has expired or was revoked; send a new request."
+    )
 
 
 def wait_for_port(host: str, port: int, seconds: float, until: float) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +81,17 @@ def end(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+
+
+@contextmanager
+def sockets() -> Iterator[str]:
+    """Yield a folder for Unix sockets, which only this user can reach."""
+    # A socket's path has 107 characters at most, and a federation's folder may have more.
+    folder = tempfile.mkdtemp(prefix="fedllm-", dir=os.environ.get("XDG_RUNTIME_DIR"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

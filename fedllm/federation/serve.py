@@ -9,10 +9,14 @@ from filelock import FileLock, Timeout
 from fedllm.core.errors import FedllmError
 from fedllm.federation import kits
 from fedllm.federation.health import beat
-from fedllm.federation.keep import keep, until_told
+from fedllm.federation.keep import keep, sockets, until_told
+from fedllm.federation.lobby import LEAD, LOBBY
 from fedllm.federation.members import of
 
 MODULE = "nvflare.private.fed.app.server.server_train"
+
+DIRECT = "fedllm.federation.direct:lead"
+"""What a run's process does: the loop, over a line that is direct where it can be."""
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 """Lets the C library give back large blocks that come and go: otherwise more lie about (benchmarks.server_memory).
@@ -32,10 +36,10 @@ def serve(folder: Path, loop: str) -> None:
     folder = folder.absolute()
     consortium = of(folder)
     try:
-        with FileLock(folder / "server.lock", timeout=0), until_told() as stop:
+        with FileLock(folder / "server.lock", timeout=0), until_told() as stop, sockets() as lobby:
             # Written anew, so that the folder may have moved and sites may have been added.
             kits.server_kit(folder, consortium)
-            env = {"FEDLLM_FOLDER": str(folder), "FEDLLM_LOOP": loop, **GIVEN_BACK}
+            env = {"FEDLLM_FOLDER": str(folder), "FEDLLM_LOOP": DIRECT, LEAD: loop, LOBBY: lobby, **GIVEN_BACK}
             command = [MODULE, "-m", str(folder / "server"), "-s", "fed_server.json", "--set"]
             command += ["secure_train=true", "org=fedllm", "config_folder=config"]
             keep(command, env, folder / "server" / "output.log", stop, lambda: beat(folder))

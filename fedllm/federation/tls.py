@@ -1,7 +1,8 @@
 """The server's port: TLS 1.3 and nothing less, certificates looked up among the revoked, no peer in another's way.
 
 FLARE's own TCP driver would take TLS 1.2, know of no revocation, and shake hands in the thread that
-accepts, so that one silent peer holds up all others. What comes after the handshake is FLARE's.
+accepts, so that one silent peer holds up all others. What comes after the handshake is FLARE's, but for connections
+that ask for a run's process: they go there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nvflare.fuel.f3.communicator import driver_mgr
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 from nvflare.fuel.f3.drivers.tcp_driver import TcpDriver, TcpStreamServer
 
+from fedllm.federation.lobby import LOBBY, passed_on
 from fedllm.federation.members import revoked
 from fedllm.runtime.flare import FOLDER
 
@@ -49,16 +51,14 @@ class Port(TcpStreamServer):
             return
         try:
             request.settimeout(HANDSHAKE)
-            request.do_handshake()
-            certificate = request.getpeercert()
-            serial = f"{int(certificate['serialNumber'], 16):x}"
-            if serial in revoked(Path(os.environ[FOLDER]))["serials"]:
-                raise ssl.SSLError(f"the certificate {serial} of {certificate.get('subject')} was revoked")
+            folder = Path(os.environ[FOLDER])
+            if passed_on(request, Path(os.environ[LOBBY]), folder / "server" / "startup", HANDSHAKE):
+                return
+            _, serial = proven(request, folder)
         except (OSError, ValueError) as error:
             log.warning("refused %s: %s", client_address[0], error)
             return
         request.settimeout(None)
-        request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         with lock:
             self.open[request] = serial
         try:
@@ -80,6 +80,21 @@ class Tls(TcpDriver):
         self.connector = connector
         self.server = Port(self, connector)
         self.server.serve_forever()
+
+
+def proven(peer: ssl.SSLSocket, federation: Path) -> tuple[str, str]:
+    """Shake hands with a peer; return the name and the serial number (hex) of its certificate.
+
+    Raises:
+        OSError, ValueError: if it does not prove that it is of this federation, or its certificate was revoked.
+    """
+    peer.do_handshake()
+    certificate: dict[str, Any] = peer.getpeercert() or {}
+    serial = f"{int(certificate['serialNumber'], 16):x}"
+    if serial in revoked(federation)["serials"]:
+        raise ssl.SSLError(f"the certificate {serial} of {certificate.get('subject')} was revoked")
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return next(value for ((key, value),) in certificate["subject"] if key == "commonName"), serial
 
 
 ports: list[Port] = []

@@ -128,7 +128,7 @@ class Relay:
         """Ask over this connection, and keep it if it still works."""
         try:
             pipe.tell(desk, data)
-            answer = pipe.hear(desk, LARGEST_ANSWER)
+            answer = bytes(pipe.hear(desk, LARGEST_ANSWER))
         except BaseException:
             desk.close()
             raise
@@ -249,7 +249,7 @@ def line_over(proxies: Mapping[str, Any], aborted: Callable[[], bool], stopped: 
             raise Unreachable(f"{site} does not answer ({str(told['unreachable'])[:200]})")
         return told, content
 
-    return Line(call, lambda: list(proxies))
+    return Line(call, lambda: list(proxies), check)
 
 
 def ended(loop: str, folder: Path, line: Line, wish: Wish) -> dict[str, str]:

@@ -37,6 +37,8 @@ class Line(NamedTuple):
     """From site, head, body and the seconds to wait (15 at most) to the answer; raises `Unreachable` or `Aborted`."""
     sites: Callable[[], Sequence[str]]
     """The sites that the engine of this run knows."""
+    check: Callable[[], None] = lambda: None
+    """Raises `Aborted` once the engine has ended the run, for what waits outside a call."""
 
 
 def encode(head: Head, body: bytes = b"") -> bytes:
