@@ -43,7 +43,7 @@ def daemon(log, *arguments):
 class Federation:
     """A server and sites that are daemons of their own, and what a test does with them."""
 
-    def __init__(self, place, sites, what="site"):
+    def __init__(self, place, sites, what="site", server="server"):
         self.place, self.folder, self.port, self.what = place, place / "federation", free_port(), what
         (place / "consortium.toml").write_text(
             f'name = "demo"\nadmin = "{USER}"\nsites = {json.dumps(sites)}\n'
@@ -53,7 +53,7 @@ class Federation:
         for site in sites:
             members.join(members.approve(self.folder, members.request(site, place / site)), place / site)
         self.begun = time.monotonic()
-        self.daemons = {"server": daemon(place / "server.log", "server", self.folder)}
+        self.daemons = {"server": daemon(place / "server.log", server, self.folder)}
         for site in sites:
             self.start(site)
 
@@ -87,8 +87,8 @@ class Federation:
 class Engine:
     """A run of FLARE that passes calls on, for exchanges of the tests' own process with fake sites in theirs."""
 
-    def __init__(self, place, names):
-        self.federation, self.names = Federation(place, names, "fake"), names
+    def __init__(self, place, names, server):
+        self.federation, self.names = Federation(place, names, "fake", server), names
         self.sockets, self.free, self.runs = Path(tempfile.mkdtemp(prefix="fedllm-")), queue.LifoQueue(), 0
         self.line = Line(self.call, lambda: self.names)
 

@@ -1,6 +1,7 @@
 """Stand-ins for a federation's two ends: a run's loop that does what its recipe says, and sites that echo or work.
 
-Run as `python -m tests.flare_parts server FOLDER`, `... site NAME FOLDER` or `... fake NAME FOLDER`.
+Run as `python -m tests.flare_parts server FOLDER`, `... site NAME FOLDER` or `... fake NAME FOLDER`; `alone FOLDER` is
+a server that calls its sites by the engine alone, as where a network lets no second connection through.
 """
 
 import importlib
@@ -144,9 +145,11 @@ def processes(*words):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "server":
-        from fedllm.federation.serve import serve
+    if sys.argv[1] in ("server", "alone"):
+        from fedllm.federation import serve
 
-        serve(Path(sys.argv[2]), "tests.flare_parts:lead")
+        if sys.argv[1] == "alone":
+            serve.DIRECT = "tests.flare_parts:lead"
+        serve.serve(Path(sys.argv[2]), "tests.flare_parts:lead")
     else:
         {"site": site, "fake": fake}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

@@ -8,6 +8,7 @@ free and works, and by the engine where a network lets no second connection thro
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -15,11 +16,13 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from fedllm.core.errors import Refused
 from fedllm.federation.lobby import LEAD, LOBBY, passed, server_context, waiting_in
+from fedllm.federation.members import revoked
 from fedllm.federation.tls import HANDSHAKE, proven
 from fedllm.runtime.flare import FOLDER, LARGEST_ANSWER, load
 from fedllm.runtime.line import Aborted, Body, Head, Line, Unreachable, decode, encode
@@ -28,13 +31,20 @@ from fedllm.runtime.pipe import hear, tell
 LOOK = 0.5
 """Seconds after which a call that waits looks whether the run is over."""
 
-AGAIN = 10.0
-"""Seconds after which a site that has no connection is asked for one again."""
+AGAIN, REFUSED = 10.0, 300.0
+"""Seconds after which a site that has no connection is asked for one again, and one that said that it cannot."""
 
 GREETINGS = 32
 """Connections that may prove themselves at once."""
 
 log = logging.getLogger("fedllm.direct")
+
+
+class Proven(NamedTuple):
+    """A connection with a site, and the serial number (hex) of the certificate that it showed."""
+
+    socket: ssl.SSLSocket
+    serial: str
 
 
 def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
@@ -63,9 +73,9 @@ class Direct:
         self.line, self.federation, self.name = line, federation, name
         self.context = server_context(federation / "server" / "startup", [name])
         self.lock, self.over = threading.Lock(), False
-        self.free: dict[str, ssl.SSLSocket] = {}
-        self.invited: dict[str, float] = {}
-        self.greeting = threading.BoundedSemaphore(GREETINGS)
+        self.free: dict[str, Proven] = {}
+        self.invite_after: dict[str, float] = {}
+        self.greetings = threading.BoundedSemaphore(GREETINGS)
 
     def close(self) -> None:
         """Let go of what is free; what is in a call ends with it."""
@@ -74,13 +84,12 @@ class Direct:
             left = list(self.free.values())
             self.free.clear()
         for connection in left:
-            connection.close()
+            connection.socket.close()
 
     def call(self, site: str, head: Head, body: bytes, seconds: float) -> tuple[Head, Body]:
         """Call a site, as a line does."""
         self.line.check()
-        with self.lock:
-            connection = self.free.pop(site, None)
+        connection = self.taken(site)
         if connection is None:
             self.invite(site)
             return self.line.call(site, head, body, seconds)
@@ -92,43 +101,60 @@ class Direct:
                 raise TimeoutError(f"no answer within {seconds:g} s")
 
         try:
-            tell(connection, encode(head, body), waiting)
-            answer = decode(hear(connection, LARGEST_ANSWER, waiting))
+            tell(connection.socket, encode(head, body), waiting)
+            answer = decode(hear(connection.socket, LARGEST_ANSWER, waiting))
         except (OSError, EOFError, Refused) as error:
-            log.warning("the connection with %s ended: %s", site, error)
+            connection.socket.close()
             self.line.check()
+            log.warning("the connection with %s ended: %s", site, error)
             raise Unreachable(f"{site} does not answer ({error})") from error
-        else:
-            connection = self.kept(site, connection)
-        finally:
-            if connection:
-                connection.close()
+        except BaseException:
+            connection.socket.close()
+            raise
+        self.keep(site, connection)
         self.line.check()
         return answer
 
-    def kept(self, site: str, connection: ssl.SSLSocket) -> ssl.SSLSocket | None:
-        """Keep a connection for a site's next call; return the one that is now too many."""
+    def taken(self, site: str) -> Proven | None:
+        """Return a site's connection, if there is one that is free and may still be used."""
         with self.lock:
-            if self.over:
-                return connection
-            before, self.free[site] = self.free.get(site), connection
-            return before
+            connection = self.free.pop(site, None)
+        if connection and connection.serial in revoked(self.federation)["serials"]:
+            log.warning("cut the connection with %s, whose certificate was revoked", site)
+            connection.socket.close()
+            return None
+        return connection
+
+    def keep(self, site: str, connection: Proven) -> None:
+        """Keep a connection for a site's next call, and no other."""
+        with self.lock:
+            before = connection if self.over else self.free.get(site)
+            if not self.over:
+                self.free[site] = connection
+        if before:
+            before.socket.close()
 
     def invite(self, site: str) -> None:
-        """Ask a site to dial, unless it was asked a moment ago."""
+        """Ask a site to dial, unless that is being done or was a moment ago."""
         now = time.monotonic()
         with self.lock:
-            if now < self.invited.get(site, now):
+            if now < self.invite_after.get(site, now):
                 return
-            self.invited[site] = now + AGAIN
+            self.invite_after[site] = math.inf
         threading.Thread(target=self.ask, args=(site,), daemon=True).start()
 
     def ask(self, site: str) -> None:
         """Ask a site to dial; whether it did is seen when it has."""
-        with suppress(Unreachable, Aborted):
+        pause = AGAIN
+        try:
             answer, _ = self.line.call(site, {"do": "dial", "name": self.name}, b"", 15.0)
             if "error" in answer:
                 log.warning("%s is called by the engine alone: %.200s", site, answer["error"])
+                pause = REFUSED
+        except (Unreachable, Aborted) as error:
+            log.info("%s was not asked to dial: %s", site, error)
+        finally:
+            self.invite_after[site] = time.monotonic() + pause
 
     def receive(self, listener: socket.socket) -> None:
         """Take connections that the port passes on, until the listener is closed."""
@@ -137,27 +163,26 @@ class Direct:
                 peer = passed(listener)
             except OSError:
                 return
-            if not self.greeting.acquire(blocking=False):
+            if not self.greetings.acquire(blocking=False):
                 peer.close()
                 continue
             threading.Thread(target=self.greet, args=(peer,), daemon=True).start()
 
     def greet(self, peer: socket.socket) -> None:
         """Have a peer prove who it is, and keep its connection if it is a site of this run."""
+        connection = peer
         try:
             peer.settimeout(HANDSHAKE)
-            connection = self.context.wrap_socket(peer, server_side=True, do_handshake_on_connect=False)
-            site, _ = proven(connection, self.federation)
+            connection = secured = self.context.wrap_socket(peer, server_side=True, do_handshake_on_connect=False)
+            site, serial = proven(secured, self.federation)
             if site not in self.line.sites():
                 raise ssl.SSLError(f"'{site}' is no site of this run")
+            secured.settimeout(LOOK)
+            secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            log.info("%s is called directly", site)
+            self.keep(site, Proven(secured, serial))
         except (OSError, ValueError) as error:
             log.warning("refused a connection to the run: %s", error)
-            peer.close()
-            return
+            connection.close()
         finally:
-            self.greeting.release()
-        connection.settimeout(LOOK)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        log.info("%s is called directly", site)
-        if before := self.kept(site, connection):
-            before.close()
+            self.greetings.release()

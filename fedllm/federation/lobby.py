@@ -56,10 +56,18 @@ def passed_on(peer: ssl.SSLSocket, lobby: Path, startup: Path, seconds: float) -
 
 def asked_for(peer: ssl.SSLSocket, context: ssl.SSLContext, seconds: float) -> str:
     """Return which of the context's protocols a connection asks for, or "" for none, and leave its greeting unread."""
-    until = time.monotonic() + seconds
+    until, before = time.monotonic() + seconds, 0
     while True:
         # A socket that will speak TLS refuses to peek; the one below it does not.
         greeting = socket.socket.recv(peer, GREETING, socket.MSG_PEEK)
+        if len(greeting) in (0, GREETING):
+            return ""
+        if len(greeting) == before:
+            if time.monotonic() > until:
+                raise TimeoutError("it does not greet")
+            time.sleep(LOOK)
+            continue
+        before = len(greeting)
         heard, said = ssl.MemoryBIO(), ssl.MemoryBIO()
         heard.write(greeting)
         trial = context.wrap_bio(heard, said, server_side=True)
@@ -71,11 +79,6 @@ def asked_for(peer: ssl.SSLSocket, context: ssl.SSLContext, seconds: float) -> s
                 return trial.selected_alpn_protocol() or ""
         except ssl.SSLError:
             return ""
-        if not greeting or len(greeting) == GREETING:
-            return ""
-        if time.monotonic() > until:
-            raise TimeoutError("no greeting")
-        time.sleep(LOOK)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def proven(peer: ssl.SSLSocket, federation: Path) -> tuple[str, str]:
     if serial in revoked(federation)["serials"]:
         raise ssl.SSLError(f"the certificate {serial} of {certificate.get('subject')} was revoked")
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return next(value for ((key, value),) in certificate["subject"] if key == "commonName"), serial
+    return next((value for ((key, value),) in certificate["subject"] if key == "commonName"), ""), serial
 
 
 ports: list[Port] = []

@@ -60,25 +60,35 @@ def far(line, folder, told=None, notes=None, patience=5.0):
     )
 
 
-FLARE = pytest.param("over FLARE", marks=pytest.mark.slow)
-"""A server and four sites as processes of their own; starting them takes longer than all other tests of this file."""
+ENGINES = {"over FLARE": "engine", "over FLARE alone": "engine_alone"}
+"""A server and four sites as processes of their own, which speak directly where they can, or by the engine alone."""
+
+FLARE = [pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
+"""Starting them takes longer than all other tests of this file."""
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
+    yield from working(tmp_path_factory.mktemp("flare"), "server")
+
+
+@pytest.fixture(scope="module")
+def engine_alone(tmp_path_factory):
+    yield from working(tmp_path_factory.mktemp("flare"), "alone")
+
+
+def working(place, server):
     pytest.importorskip("nvflare", reason="the engine is not installed: pip install 'fedllm[federation]'")
     from tests.flare_federation import Engine
 
-    engine = Engine(tmp_path_factory.mktemp("flare"), NAMES)
+    engine = Engine(place, NAMES, server)
     yield engine
     engine.close()
 
 
-@pytest.fixture
-def over_flare(request, tmp_path):
+def over_flare(engine):
     @contextmanager
     def maker(client, names, folder):
-        engine = request.getfixturevalue("engine")
         engine.ready(client, next(NUMBERS))
         yield far(engine.line, folder)
 
@@ -88,10 +98,10 @@ def over_flare(request, tmp_path):
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(params=["in process", "over a line", FLARE])
+@pytest.fixture(params=["in process", "over a line", *FLARE])
 def made(request, tmp_path):
     maker = {"in process": in_process, "over a line": over_a_line}.get(request.param)
-    maker = maker or request.getfixturevalue("over_flare")
+    maker = maker or over_flare(request.getfixturevalue(ENGINES[request.param]))
     return lambda client, names=NAMES: maker(client, names, tmp_path)
 
 
@@ -127,12 +137,12 @@ class FlareSites:
         return self.engine.says(site, {"do": "ran"})["ran"]
 
 
-@pytest.fixture(params=["over a line", FLARE])
+@pytest.fixture(params=["over a line", *FLARE])
 def sites(request, tmp_path):
     def make(client):
         if request.param == "over a line":
             return LineSites(client, tmp_path)
-        return FlareSites(client, request.getfixturevalue("engine"))
+        return FlareSites(client, request.getfixturevalue(ENGINES[request.param]))
 
     return make
 
