@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -153,6 +155,9 @@ class Ranks:
         assert self._folder
         words = Path(self._folder.name, f"log-{rank}").read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((word.strip() for word in reversed(words) if word.strip()), "it said nothing").rstrip(".")
+        # One that ended by itself names no signal.
+        with suppress(subprocess.TimeoutExpired, ValueError):
+            last = f"{signal.Signals(-self._each[rank].wait(1.0)).name}: {last}"
         return (
             f"Process {rank + 1} of the {len(self._each)} that train together has ended ({last:.300}); if memory ran "
             "out, lower client.micro_batch, else set processes = 1 to see the error; then resume."
