@@ -42,7 +42,7 @@ def passed_on(peer: ssl.SSLSocket, lobby: Path, startup: Path, seconds: float) -
     Raises:
         OSError: if it does not greet within so many seconds, or whom it asks for has just gone.
     """
-    names = sorted(path.name for path in lobby.iterdir())
+    names = sorted(path.name for path in lobby.glob("*"))
     if not names or not (name := asked_for(peer, server_context(startup, names), seconds)):
         return False
     with socket.socket(socket.AF_UNIX) as waiting:
@@ -84,6 +84,8 @@ def asked_for(peer: ssl.SSLSocket, context: ssl.SSLContext, seconds: float) -> s
 @contextmanager
 def waiting_in(lobby: Path, name: str) -> Iterator[socket.socket]:
     """Yield the listening socket of one who waits in the lobby under this name."""
+    # What clears /tmp of old files may have taken it while nobody waited.
+    lobby.mkdir(mode=0o700, exist_ok=True)
     for path in lobby.iterdir():
         # A process that was killed took nothing with it.
         with socket.socket(socket.AF_UNIX) as other, suppress(FileNotFoundError):

@@ -109,6 +109,16 @@ def test_who_asks_for_nobody_who_waits_is_the_ports_own(federation, lobby):
             assert not passed_on(server, lobby, federation.startup, 3)
 
 
+def test_a_lobby_that_was_cleared_away_is_nobodys_trouble(federation, tmp_path):
+    with connection(federation) as (peer, server):
+        peer.sendall(greeting(federation, [NAME]))
+        assert not passed_on(server, tmp_path / "gone", federation.startup, 3)
+        with waiting_in(tmp_path / "gone", NAME) as listener:
+            assert passed_on(server, tmp_path / "gone", federation.startup, 3)
+            passed(listener).close()
+        assert (tmp_path / "gone").stat().st_mode & 0o777 == 0o700
+
+
 def test_what_a_killed_process_left_in_the_lobby_is_cleared_and_the_living_stay(lobby):
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(lobby / "killed"))
