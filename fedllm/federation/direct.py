@@ -18,9 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from fedllm.core.errors import Refused
+from fedllm.federation.connected import Connected, Connection
 from fedllm.federation.lobby import LEAD, LOBBY, passed, server_context, waiting_in
 from fedllm.federation.members import revoked
 from fedllm.federation.tls import HANDSHAKE, proven
@@ -40,13 +40,6 @@ GREETINGS = 32
 log = logging.getLogger("fedllm.direct")
 
 
-class Proven(NamedTuple):
-    """A connection with a site, and the serial number (hex) of the certificate that it showed."""
-
-    socket: ssl.SSLSocket
-    serial: str
-
-
 def lead(folder: Path, line: Line, expected: Sequence[str]) -> None:
     """Run a run's loop over its line, direct where it can be."""
     with directly(line, Path(os.environ[FOLDER]), Path(os.environ[LOBBY])) as nearer:
@@ -63,37 +56,26 @@ def directly(line: Line, federation: Path, lobby: Path) -> Iterator[Line]:
         try:
             yield line._replace(call=direct.call)
         finally:
-            direct.close()
+            direct.connected.close()
 
 
 class Direct:
-    """The connections of a run with its sites, one each; threads may share it."""
+    """How a run calls its sites; threads may share it."""
 
     def __init__(self, line: Line, federation: Path, name: str) -> None:
         self.line, self.federation, self.name = line, federation, name
         self.context = server_context(federation / "server" / "startup", [name])
-        self.lock, self.over = threading.Lock(), False
-        self.free: dict[str, Proven] = {}
-        self.invite_after: dict[str, float] = {}
+        self.connected = Connected()
+        self.lock, self.invite_after = threading.Lock(), dict[str, float]()
         self.greetings = threading.BoundedSemaphore(GREETINGS)
-
-    def close(self) -> None:
-        """Let go of what is free; what is in a call ends with it."""
-        with self.lock:
-            self.over = True
-            left = list(self.free.values())
-            self.free.clear()
-        for connection in left:
-            connection.socket.close()
 
     def call(self, site: str, head: Head, body: bytes, seconds: float) -> tuple[Head, Body]:
         """Call a site, as a line does."""
         self.line.check()
         connection = self.taken(site)
         if connection is None:
-            self.invite(site)
             return self.line.call(site, head, body, seconds)
-        due = time.monotonic() + seconds
+        due, whole = time.monotonic() + seconds, False
 
         def waiting() -> None:
             self.line.check()
@@ -103,36 +85,26 @@ class Direct:
         try:
             tell(connection.socket, encode(head, body), waiting)
             answer = decode(hear(connection.socket, LARGEST_ANSWER, waiting))
+            whole = True
         except (OSError, EOFError, Refused) as error:
-            connection.socket.close()
             self.line.check()
             log.warning("the connection with %s ended: %s", site, error)
             raise Unreachable(f"{site} does not answer ({error})") from error
-        except BaseException:
-            connection.socket.close()
-            raise
-        self.keep(site, connection)
+        finally:
+            self.connected.give_back(site, connection, whole)
         self.line.check()
         return answer
 
-    def taken(self, site: str) -> Proven | None:
-        """Return a site's connection, if there is one that is free and may still be used."""
-        with self.lock:
-            connection = self.free.pop(site, None)
+    def taken(self, site: str) -> Connection | None:
+        """Return a site's connection if a call may use it; a site that has none is asked for one."""
+        connection = self.connected.take(site)
         if connection and connection.serial in revoked(self.federation)["serials"]:
             log.warning("cut the connection with %s, whose certificate was revoked", site)
-            connection.socket.close()
+            self.connected.give_back(site, connection, whole=False)
             return None
+        if site not in self.connected:
+            self.invite(site)
         return connection
-
-    def keep(self, site: str, connection: Proven) -> None:
-        """Keep a connection for a site's next call, and no other."""
-        with self.lock:
-            before = connection if self.over else self.free.get(site)
-            if not self.over:
-                self.free[site] = connection
-        if before:
-            before.socket.close()
 
     def invite(self, site: str) -> None:
         """Ask a site to dial, unless that is being done or was a moment ago."""
@@ -180,7 +152,7 @@ class Direct:
             secured.settimeout(LOOK)
             secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             log.info("%s is called directly", site)
-            self.keep(site, Proven(secured, serial))
+            self.connected.put(site, Connection(secured, serial))
         except (OSError, ValueError) as error:
             log.warning("refused a connection to the run: %s", error)
             connection.close()

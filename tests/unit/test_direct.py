@@ -97,8 +97,9 @@ def test_the_first_call_is_the_engines_and_later_ones_are_direct_with_every_byte
 
 
 def test_two_calls_at_once_go_two_ways(federation, tmp_path, monkeypatch):
-    with at_work(federation, tmp_path, monkeypatch, again=60.0) as (sites, line):
+    with at_work(federation, tmp_path, monkeypatch, again=0.0) as (sites, line):
         reached(sites, line)
+        dialled = sites.fronts["a"].dialled.copy()
         first, second = threading.Event(), threading.Event()
 
         def answers(site, data):
@@ -115,6 +116,9 @@ def test_two_calls_at_once_go_two_ways(federation, tmp_path, monkeypatch):
         second.set()
         caller.join(5)
         assert sites.ways[-2:] == [("a", "direct"), ("a", "engine")]
+        # Nobody was asked to dial for that, which would have cut the call under way.
+        assert line.call("a", {"do": "echo", "n": 3}, b"", 5.0)[0]["n"] == 3
+        assert sites.ways[-1] == ("a", "direct") and sites.fronts["a"].dialled == dialled
 
 
 def test_a_connection_that_ends_costs_one_call_and_comes_back(federation, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager, suppress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedllm.federation.lobby import asked_for, passed, passed_on, server_context, waiting_in
 from tests.certified import client_context, made
@@ -63,6 +65,19 @@ def test_what_is_no_greeting_asks_for_nobody(federation, said):
     with connection(federation) as (peer, server):
         peer.sendall(said)
         assert asked_for(server, server_context(federation.startup, [NAME]), 3) == ""
+
+
+@given(places=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=8), cut=st.integers(0, 600))
+def test_a_mangled_greeting_asks_for_whom_it_did_or_nobody(federation, places, cut):
+    hello = bytearray(greeting(federation, [NAME]))
+    for place, value in places:
+        hello[place % len(hello)] = value
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(hello[:cut])
+        there.shutdown(socket.SHUT_WR)
+        with suppress(TimeoutError):
+            assert asked_for(here, server_context(federation.startup, [NAME]), 0) in ("", NAME)
 
 
 @pytest.mark.parametrize("said", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"])
