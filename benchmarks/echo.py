@@ -33,9 +33,9 @@ def work() -> None:
 def start(name: str, folder: Path) -> None:
     """Serve a site whose worker is `work`."""
     from fedllm.app.site import known
-    from fedllm.federation.desk import Desk
-    from fedllm.federation.policy import read_site
-    from fedllm.federation.site_daemon import start as serve
+    from fedllm.federation.site.daemon import start as serve
+    from fedllm.federation.site.desk import Desk
+    from fedllm.federation.site.policy import read_site
 
     site = read_site(folder / "site.toml", known())
     with Desk(site, [sys.executable, "-m", "benchmarks.echo", "work"], known()) as desk:
@@ -121,7 +121,7 @@ class Peak:
 
 def serve_with_loop(folder: Path) -> None:
     """Serve a federation whose runs are `loop`."""
-    from fedllm.federation.serve import serve
+    from fedllm.federation.server.serve import serve
 
     serve(folder, "benchmarks.echo:loop")
 

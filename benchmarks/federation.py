@@ -29,7 +29,7 @@ def engine(place: Path) -> dict[str, float]:
     """Measure the engine alone."""
     from fedllm.app.config import read_recipe, write_recipe
     from fedllm.app.lead import question
-    from fedllm.federation.commands import answer
+    from fedllm.federation.server.commands import answer
     from fedllm.silo.models import weights_sha256
 
     folder = join_all(place, ECHO)

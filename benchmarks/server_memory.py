@@ -27,7 +27,7 @@ from fedllm.core.room import room_for
 from fedllm.core.round import averaging
 from fedllm.core.types import Reply, Request, State, Work
 from fedllm.exchange.fragments import fragments
-from fedllm.federation.serve import GIVEN_BACK
+from fedllm.federation.server.serve import GIVEN_BACK
 from fedllm.runtime.spool import load_message, open_message, save_message
 from fedllm.runtime.store import Checkpoint, save_checkpoint
 

@@ -25,9 +25,9 @@ from fedllm.app.build import build
 from fedllm.app.config import read_recipe, write_recipe
 from fedllm.app.lead import lead
 from fedllm.app.site import known
-from fedllm.federation.desk import Desk
-from fedllm.federation.policy import read_site
-from fedllm.federation.serve import GIVEN_BACK
+from fedllm.federation.server.serve import GIVEN_BACK
+from fedllm.federation.site.desk import Desk
+from fedllm.federation.site.policy import read_site
 from fedllm.runtime.line import Line, decode, encode
 from fedllm.silo.models import weights_sha256
 from fedllm.silo.trainables import trained

@@ -62,7 +62,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def connected(place: Path) -> Iterator[Path]:
     """Keep a server and the quickstart's four sites running, and yield the federation's folder once all are there."""
-    from fedllm.federation.commands import answer
+    from fedllm.federation.server.commands import answer
 
     folder = join_all(place, TEAMS)
     sites = [

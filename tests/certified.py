@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedllm.federation import kits, members
-from fedllm.federation.lobby import passed_on, server_context
+from fedllm.federation.server.lobby import passed_on, server_context
 
 
 class Made(NamedTuple):

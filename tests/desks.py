@@ -10,9 +10,9 @@ from pathlib import Path
 import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.app.config import Recipe
-from fedllm.federation.audit import verify
-from fedllm.federation.desk import Desk
-from fedllm.federation.policy import Site
+from fedllm.federation.site.audit import verify
+from fedllm.federation.site.desk import Desk
+from fedllm.federation.site.policy import Site
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import decode, encode
 from tests.messages import unpack_reply

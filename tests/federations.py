@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedllm.app.site import known
 from fedllm.app.site_privacy import spending
-from fedllm.federation.desk import Desk
-from fedllm.federation.policy import read_site
+from fedllm.federation.site.desk import Desk
+from fedllm.federation.site.policy import read_site
 from fedllm.runtime.line import Line, decode, encode
 from fedllm.silo.models import weights_sha256
 

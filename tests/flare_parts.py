@@ -77,7 +77,7 @@ def bridge(path, line):
 
 def fake(name, folder):
     """Answer as the fake site of `tests.fake_site` does, with the client that it is told."""
-    from fedllm.federation.site_daemon import start
+    from fedllm.federation.site.daemon import start
     from tests.fake_site import FakeSite
 
     desk, hush = None, 0.0
@@ -103,7 +103,7 @@ def fake(name, folder):
 
 def site(name, folder):
     """Answer as a site that trains nothing; what it was told to stop is in `stopped.json`."""
-    from fedllm.federation.site_daemon import start
+    from fedllm.federation.site.daemon import start
 
     def answer(data):
         head, body = decode(data)
@@ -146,7 +146,7 @@ def processes(*words):
 
 if __name__ == "__main__":
     if sys.argv[1] in ("server", "alone"):
-        from fedllm.federation import serve
+        from fedllm.federation.server import serve
 
         if sys.argv[1] == "alone":
             serve.DIRECT = "tests.flare_parts:lead"

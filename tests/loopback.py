@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from benchmarks.sites import FEDLLM, join_all
 from fedllm.app.config import read_recipe, write_recipe
-from fedllm.federation.commands import answer
+from fedllm.federation.server.commands import answer
 from tests.integration.test_two_machines import SITES
 
 USER = "admin@example.org"

@@ -61,7 +61,7 @@ def revoke(
 @federation.command()
 def start(folder: Folder = Path("federation")) -> None:
     """Serve the federation until it is stopped, on one port; runs that are wanted go on by themselves."""
-    from fedllm.federation.serve import serve
+    from fedllm.federation.server.serve import serve
 
     say(f"Serving {folder}; Ctrl-C ends it.")
     serve(folder, "fedllm.app.lead:lead")

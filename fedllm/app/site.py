@@ -11,7 +11,7 @@ from fedllm.app.catalog import CATALOG, SERVER_FILES
 from fedllm.app.config import Recipe, SiloFiles, Without, read_recipe
 from fedllm.app.privacy import AT_SERVER
 from fedllm.core.errors import FedllmError
-from fedllm.federation.policy import Site, read_site
+from fedllm.federation.site.policy import Site, read_site
 
 DATA = "FEDLLM_DATA"
 """The environment variable by which `fedllm site start --data` reaches the worker."""

@@ -65,11 +65,11 @@ def start(
     """Serve this site until it is stopped: text and model stay here, nothing listens to the outside."""
     from fedllm.app.site import known, text_of
     from fedllm.app.site_privacy import spending
-    from fedllm.federation.desk import Desk
     from fedllm.federation.members import is_newer
-    from fedllm.federation.policy import read_site
-    from fedllm.federation.site_daemon import reach
-    from fedllm.federation.site_daemon import start as serve
+    from fedllm.federation.site.daemon import reach
+    from fedllm.federation.site.daemon import start as serve
+    from fedllm.federation.site.desk import Desk
+    from fedllm.federation.site.policy import read_site
     from fedllm.silo.models import weights_sha256
 
     here = read_site(file, known())
@@ -108,8 +108,8 @@ def check(
     from fedllm.app.privacy import is_private
     from fedllm.app.site import known, own_recipe
     from fedllm.app.site_privacy import spending
-    from fedllm.federation.policy import read_site
-    from fedllm.federation.rules import by_epsilon, facts, refusals
+    from fedllm.federation.site.policy import read_site
+    from fedllm.federation.site.rules import by_epsilon, facts, refusals
     from fedllm.silo.models import weights_sha256
 
     use(data)
@@ -141,8 +141,8 @@ def check(
 @site.command()
 def audit(file: SiteFile = HERE) -> None:
     """Verify the audit log and print it: what was asked, what left, when, how many bytes, under which rule."""
-    from fedllm.federation.audit import COLUMNS, rows, verify
-    from fedllm.federation.policy import read_site
+    from fedllm.federation.site.audit import COLUMNS, rows, verify
+    from fedllm.federation.site.policy import read_site
 
     log = verify(Path(read_site(file).state) / "audit.jsonl")
     say("  ".join(f"{name:<{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True)))
@@ -163,7 +163,7 @@ def deploy(
     from fedllm.app.site import known, text_of
     from fedllm.federation.deploy import Daemon
     from fedllm.federation.deploy import deploy as write
-    from fedllm.federation.policy import read_site
+    from fedllm.federation.site.policy import read_site
 
     here = read_site(file, known())
     Path(here.state).mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def deploy(
 def health(file: SiteFile = HERE) -> None:
     """Say whether this site's daemon is alive: exit code 0, or 1 and the reason."""
     from fedllm.federation.health import healthy
-    from fedllm.federation.policy import read_site
+    from fedllm.federation.site.policy import read_site
 
     if reason := healthy(Path(read_site(file).state)):
         fail(reason, code=1)

@@ -11,8 +11,8 @@ from fedllm.app.privacy import AT_SERVER, AT_SILO, TOGETHER, hides_records, nois
 from fedllm.core.errors import FedllmError
 from fedllm.exchange.accounting import Mechanism, epsilon
 from fedllm.exchange.ledger import NAME, Entry, note, read_ledger
-from fedllm.federation.policy import Site
-from fedllm.federation.rules import Spending
+from fedllm.federation.site.policy import Site
+from fedllm.federation.site.rules import Spending
 
 
 def spending(site: Site, site_toml: Path) -> Spending:

@@ -60,7 +60,7 @@ def main() -> None:
 
 def work(asked: Mapping[str, Any], held: Held | None, say: Say) -> Held:
     """Do one request: read its files, work, write the reply and the memory."""
-    from fedllm.federation.disk import on_disk
+    from fedllm.federation.site.disk import on_disk
     from fedllm.runtime.spool import load_message, save_message
     from fedllm.runtime.store import replacing
     from fedllm.runtime.wire import reply_head
@@ -103,7 +103,7 @@ def opened(asked: Mapping[str, Any], run: Path) -> Any:
     from fedllm.app.homomorphic import key_from
     from fedllm.app.site import known, own_recipe
     from fedllm.core.noise import key_of
-    from fedllm.federation.policy import read_site
+    from fedllm.federation.site.policy import read_site
     from fedllm.runtime.secret import secret_in
     from fedllm.silo.models import weights_sha256
 

@@ -1,6 +1,6 @@
 """Commanding a federation: from the server's own folder, or from anywhere with the administrator's kit.
 
-Both ways ask the same questions (`commands.py`). With a kit they travel through the server's one port,
+Both ways ask the same questions (`server/commands.py`). With a kit they travel through the server's one port,
 in FLARE's administrator protocol.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedllm.core.errors import FedllmError
-from fedllm.federation import commands
+from fedllm.federation.keep import needs_flare
 from fedllm.federation.members import of
-from fedllm.federation.serve import needs_flare
+from fedllm.federation.server import commands
 from fedllm.runtime.line import Head
 
 Ask: TypeAlias = Callable[[Head], dict[str, Any]]

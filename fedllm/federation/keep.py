@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+from fedllm.core.errors import FedllmError
 from fedllm.federation import leash
 
 LOOK = 0.2
@@ -81,6 +83,12 @@ def end(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+
+
+def needs_flare() -> None:
+    """Say what to install when the engine is not there."""
+    if find_spec("nvflare") is None:
+        raise FedllmError("NVIDIA FLARE is not installed; `pip install 'fedllm[federation]'` brings it.")
 
 
 @contextmanager

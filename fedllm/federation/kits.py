@@ -101,7 +101,7 @@ def server_kit(folder: Path, consortium: Consortium) -> None:
         },
     )
     # A file of this pattern is read by the server's own process only, not by its jobs.
-    hub = part("fedllm_hub", "fedllm.federation.hub.Hub")
+    hub = part("fedllm_hub", "fedllm.federation.server.hub.Hub")
     write(local / "fedllm__p_resources.json", {"format_version": 2, "components": [hub]})
     common(local)
 

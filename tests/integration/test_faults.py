@@ -16,7 +16,7 @@ import torch
 
 import fedllm
 from benchmarks.sites import FEDLLM
-from fedllm.federation.audit import verify
+from fedllm.federation.site.audit import verify
 from fedllm.runtime.store import read_events
 from tests.integration.test_two_machines import SITES, adapter, on_one_machine, prepare
 from tests.loopback import Loopback, loopback

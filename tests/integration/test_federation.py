@@ -14,7 +14,7 @@ from fedllm.app.config import read_recipe, write_recipe
 from fedllm.app.lead import lead
 from fedllm.app.run import run
 from fedllm.core.errors import FedllmError
-from fedllm.federation.audit import verify
+from fedllm.federation.site.audit import verify
 from fedllm.runtime.line import Aborted, Line, Unreachable, encode
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site

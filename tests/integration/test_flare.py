@@ -17,7 +17,8 @@ import torch
 pytest.importorskip("nvflare", reason="the engine is not installed: pip install 'fedllm[federation]'")
 
 from fedllm.core.errors import FedllmError
-from fedllm.federation import attempts, commands, control, keys, members
+from fedllm.federation import control, keys, members
+from fedllm.federation.server import attempts, commands
 from fedllm.runtime.flare import Wish, line_over
 from fedllm.runtime.line import Aborted, decode, encode
 from tests.flare_federation import USER, Federation

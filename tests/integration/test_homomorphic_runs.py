@@ -15,7 +15,7 @@ from fedllm.app.plan_view import plan_lines
 from fedllm.app.run import resume, run
 from fedllm.core.errors import FedllmError, Interrupted
 from fedllm.exchange.homomorphic.messages import OPEN
-from fedllm.federation.record import ONCE
+from fedllm.federation.site.record import ONCE
 from tests.federations import desks, line_to, make_site
 from tests.integration.test_federation import federate
 from tests.integration.test_secure_runs import Stopping, adapter, place, rounds, table  # noqa: F401

@@ -17,7 +17,7 @@ import torch
 from benchmarks.sites import FEDLLM, join_all
 from fedllm.app.config import read_recipe, write_recipe
 from fedllm.app.run import run as run_here
-from fedllm.federation.commands import answer
+from fedllm.federation.server.commands import answer
 from fedllm.runtime.store import read_events
 from tests.integration.test_two_machines import SITES, adapter, prepare
 

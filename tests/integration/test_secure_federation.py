@@ -9,7 +9,7 @@ from fedllm.app.config import read_recipe
 from fedllm.app.run import run
 from fedllm.exchange.secure.messages import TRAIN
 from fedllm.exchange.secure.middleware import PHASES
-from fedllm.federation.record import ONCE
+from fedllm.federation.site.record import ONCE
 from fedllm.runtime.line import Aborted, Line, Unreachable
 from fedllm.runtime.store import read_events
 from tests.federations import desks, line_to, make_site

@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.federation import attempts
-from fedllm.federation.attempts import Attempt, Seen, decide
+from fedllm.federation.server import attempts
+from fedllm.federation.server.attempts import Attempt, Seen, decide
 
 SEEN = Seen(
     now=1000.0,

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.core.errors import FedllmError
-from fedllm.federation import audit
-from fedllm.federation.audit import COLUMNS, Audit, digest, rows, verify
-from fedllm.federation.rules import canonical
+from fedllm.federation.site import audit
+from fedllm.federation.site.audit import COLUMNS, Audit, digest, rows, verify
+from fedllm.federation.site.rules import canonical
 
 
 def written(path, *runs):
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_line(tmp_path):
 import resource, sys
 from pathlib import Path
 from fedllm.core.errors import FedllmError
-from fedllm.federation.audit import Audit, verify
+from fedllm.federation.site.audit import Audit, verify
 path = Path(sys.argv[1])
 log = Audit(path)
 log.append("ask", run="one")

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from fedllm.federation import commands
 from fedllm.federation.consortium import Consortium, write_consortium
+from fedllm.federation.server import commands
 
 USER = "admin@example.org"
 

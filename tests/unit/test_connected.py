@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from fedllm.federation.connected import Connected, Connection
+from fedllm.federation.server.connected import Connected, Connection
 
 
 @pytest.fixture

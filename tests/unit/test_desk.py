@@ -16,7 +16,7 @@ import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request
-from fedllm.federation.desk import Desk
+from fedllm.federation.site.desk import Desk
 from fedllm.runtime.remote import remote
 from tests.desks import (
     PAYLOAD,

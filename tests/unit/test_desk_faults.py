@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.app.catalog import CATALOG
-from fedllm.federation.desk import Desk
-from fedllm.federation.record import markers
+from fedllm.federation.site.desk import Desk
+from fedllm.federation.site.record import markers
 from fedllm.runtime.line import decode, encode
 from tests.desks import (
     PAYLOAD,

@@ -13,9 +13,9 @@ pytest.importorskip("nvflare", reason="the engine is not installed: pip install 
 
 from fedllm.core.errors import FedllmError
 from fedllm.federation import dial, members, notes
-from fedllm.federation import direct as module
-from fedllm.federation.direct import directly
-from fedllm.federation.front import Front
+from fedllm.federation.server import direct as module
+from fedllm.federation.server.direct import directly
+from fedllm.federation.site.front import Front
 from fedllm.runtime.line import Aborted, Line, Unreachable, decode, encode
 from tests.certified import client_context, made, port
 from tests.flare_parts import until

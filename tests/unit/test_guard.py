@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from fedllm.federation.guard import Failed, Guard
+from fedllm.federation.site.guard import Failed, Guard
 from tests.desks import WORKER
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
@@ -116,7 +116,7 @@ def test_a_command_that_is_not_there_is_a_failure(tmp_path):
 @LINUX
 def test_no_worker_is_left_behind_by_a_daemon_that_is_killed(tmp_path):
     code = (
-        "import sys, threading\nfrom pathlib import Path\nfrom fedllm.federation.guard import Guard\n"
+        "import sys, threading\nfrom pathlib import Path\nfrom fedllm.federation.site.guard import Guard\n"
         "guard = Guard(sys.argv[2:], Path(sys.argv[1], 'log'))\n"
         "guard.start()\nprint(guard._child.pid, flush=True)\nthreading.Event().wait()\n"
     )

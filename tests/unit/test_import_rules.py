@@ -52,6 +52,12 @@ def test_a_folder_imports_only_what_it_may(path):
     assert own <= ALLOWED[folder], f"{place} imports {own - ALLOWED[folder]}"
 
 
+@pytest.mark.parametrize(("one", "other"), [("site", "server"), ("server", "site")])
+def test_a_site_and_the_server_share_no_code_of_their_own(one, other):
+    found = {name for path in (ROOT / "federation" / one).glob("*.py") for name in imports(path)}
+    assert found and not [name for name in found if name.startswith(f"fedllm.federation.{other}")]
+
+
 def test_every_folder_has_a_rule():
     assert {path.relative_to(ROOT).parts[0] for path in FILES if path.parent != ROOT} <= ALLOWED.keys()
 
@@ -78,7 +84,7 @@ def test_what_a_quick_command_imports_loads_no_torch(module):
 
 
 def test_a_sites_daemon_loads_no_models():
-    parts = "fedllm.app.site, fedllm.app.site_privacy, fedllm.federation.desk, fedllm.silo.models"
+    parts = "fedllm.app.site, fedllm.app.site_privacy, fedllm.federation.site.desk, fedllm.silo.models"
     code = f"import sys, {parts}; print(sorted({{'transformers', 'peft', 'datasets'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.federation.lobby import asked_for, passed, passed_on, server_context, waiting_in
+from fedllm.federation.server.lobby import asked_for, passed, passed_on, server_context, waiting_in
 from tests.certified import client_context, made
 
 NAME = "ab" * 16

@@ -13,8 +13,8 @@ import fedllm
 from fedllm.app.catalog import CATALOG
 from fedllm.app.site import own_recipe
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.federation.policy import KINDS, Policy, read_site
-from fedllm.federation.rules import check, clipped_at, facts, governing, recipe_sha256, refusals
+from fedllm.federation.site.policy import KINDS, Policy, read_site
+from fedllm.federation.site.rules import check, clipped_at, facts, governing, recipe_sha256, refusals
 from tests.desks import recipe, site_in
 
 ONE, TWO = "1" * 64, "2" * 64

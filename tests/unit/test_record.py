@@ -11,9 +11,9 @@ import pytest
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Request
-from fedllm.federation import record
-from fedllm.federation.record import TRAIN, done_once, find, keep, memory_before, with_reply
-from fedllm.federation.spool import WAITING, Spool
+from fedllm.federation.site import record
+from fedllm.federation.site.record import TRAIN, done_once, find, keep, memory_before, with_reply
+from fedllm.federation.site.spool import WAITING, Spool
 from tests.desks import key_of
 
 FULL = """
@@ -95,7 +95,7 @@ def test_a_marker_that_is_not_one_is_named(tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_recorded(tmp_path):
     code = FULL + (
-        "from fedllm.core.types import Request\nfrom fedllm.federation.record import TRAIN, done_once, keep\n"
+        "from fedllm.core.types import Request\nfrom fedllm.federation.site.record import TRAIN, done_once, keep\n"
         "(folder / '.working').write_bytes(b'reply')\nsmall(100)\n"
         "try:\n    keep(folder, Request('a', 1, 'train', {}), '0' * 64, folder / '.working')\n"
         "except FedllmError as error:\n    print(error)\n"
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_fit_is_refused_before_its_first_byte(spool, tmp_path
 
 def test_a_disk_that_fills_up_keeps_the_bytes_before(tmp_path):
     code = FULL + (
-        "from fedllm.federation.spool import Spool\nspool = Spool(folder)\n"
+        "from fedllm.federation.site.spool import Spool\nspool = Spool(folder)\n"
         "spool.put('0' * 64, 0, 9000, b'x' * 1000)\nsmall(1500)\n"
         "try:\n    spool.put('0' * 64, 1000, 9000, b'x' * 1000)\nexcept FedllmError as error:\n    print(error)\n"
         "print(spool.put('0' * 64, 0, 9000, b''))\n"

@@ -10,8 +10,8 @@ from fedllm.app.catalog import CATALOG
 from fedllm.app.site_privacy import spending
 from fedllm.exchange.accounting import Mechanism, epsilon
 from fedllm.exchange.ledger import read_ledger
-from fedllm.federation.desk import Desk
-from fedllm.federation.rules import by_epsilon, check, facts
+from fedllm.federation.site.desk import Desk
+from fedllm.federation.site.rules import by_epsilon, check, facts
 from tests.desks import WORKER, ask, begin, finish, log_of, recipe, site_in
 from tests.unit.test_policy import asked
 

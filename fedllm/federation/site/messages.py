@@ -11,7 +11,7 @@ from typing import Any
 
 from fedllm.core.errors import Refused
 from fedllm.core.types import Request, Scalars
-from fedllm.federation.disk import on_disk
+from fedllm.federation.site.disk import on_disk
 from fedllm.runtime.spool import LARGEST_HEADER, load_message, save_message
 from fedllm.runtime.wire import numbers
 

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedllm.core.errors import Refused
-from fedllm.federation.connected import Connected, Connection
-from fedllm.federation.lobby import LEAD, LOBBY, passed, server_context, waiting_in
 from fedllm.federation.members import revoked
-from fedllm.federation.tls import HANDSHAKE, proven
+from fedllm.federation.server.connected import Connected, Connection
+from fedllm.federation.server.lobby import LEAD, LOBBY, passed, server_context, waiting_in
+from fedllm.federation.server.tls import HANDSHAKE, proven
 from fedllm.runtime.flare import FOLDER, LARGEST_ANSWER, load
 from fedllm.runtime.line import Aborted, Body, Head, Line, Unreachable, decode, encode
 from fedllm.runtime.pipe import hear, tell

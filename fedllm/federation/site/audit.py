@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from fedllm.core.errors import FedllmError
-from fedllm.federation.disk import on_disk, sync
-from fedllm.federation.rules import canonical
+from fedllm.federation.site.disk import on_disk, sync
+from fedllm.federation.site.rules import canonical
 
 Entry: TypeAlias = dict[str, Any]
 

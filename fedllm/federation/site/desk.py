@@ -19,16 +19,16 @@ from filelock import FileLock, Timeout
 
 import fedllm
 from fedllm.core.errors import FedllmError, Refused, nearest
-from fedllm.federation import record
-from fedllm.federation.audit import Audit
-from fedllm.federation.bench import Bench, Job
-from fedllm.federation.disk import write
-from fedllm.federation.doing import do, progress
-from fedllm.federation.guard import Guard
-from fedllm.federation.limits import once, today
-from fedllm.federation.messages import matching, request_of, whole
-from fedllm.federation.policy import NAME, SHA256, Known, Site
-from fedllm.federation.rules import (
+from fedllm.federation.site import record
+from fedllm.federation.site.audit import Audit
+from fedllm.federation.site.bench import Bench, Job
+from fedllm.federation.site.disk import write
+from fedllm.federation.site.doing import do, progress
+from fedllm.federation.site.guard import Guard
+from fedllm.federation.site.limits import once, today
+from fedllm.federation.site.messages import matching, request_of, whole
+from fedllm.federation.site.policy import NAME, SHA256, Known, Site
+from fedllm.federation.site.rules import (
     NOBODY,
     SAID,
     Denied,
@@ -40,7 +40,7 @@ from fedllm.federation.rules import (
     governing,
     refusals,
 )
-from fedllm.federation.spool import Spool
+from fedllm.federation.site.spool import Spool
 from fedllm.runtime.errand import request_id
 from fedllm.runtime.line import Body, Head, decode, encode
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedllm.core.errors import FedllmError, Refused
 from fedllm.core.types import Request
-from fedllm.federation.guard import Failed
+from fedllm.federation.site.guard import Failed
 
 QUEUED = 8
 """Pieces of work that may wait."""

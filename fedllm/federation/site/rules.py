@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import fedllm
 from fedllm.core.errors import FedllmError, Refused, nearest
-from fedllm.federation.policy import KINDS, Known, Policy, Site
+from fedllm.federation.site.policy import KINDS, Known, Policy, Site
 
 KEEPS_NORM = {"cast"}
 """Transforms after which a clipped update is still clipped; what adds or scales values undoes it."""

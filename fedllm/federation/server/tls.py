@@ -21,8 +21,8 @@ from nvflare.fuel.f3.communicator import driver_mgr
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 from nvflare.fuel.f3.drivers.tcp_driver import TcpDriver, TcpStreamServer
 
-from fedllm.federation.lobby import LOBBY, passed_on
 from fedllm.federation.members import revoked
+from fedllm.federation.server.lobby import LOBBY, passed_on
 from fedllm.runtime.flare import FOLDER
 
 HANDSHAKE = 10.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import FedllmError, Refused
-from fedllm.federation.disk import on_disk
+from fedllm.federation.site.disk import on_disk
 from fedllm.runtime.line import Body
 
 WAITING = 4

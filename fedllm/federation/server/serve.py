@@ -9,13 +9,13 @@ from filelock import FileLock, Timeout
 from fedllm.core.errors import FedllmError
 from fedllm.federation import kits
 from fedllm.federation.health import beat
-from fedllm.federation.keep import keep, sockets, until_told
-from fedllm.federation.lobby import LEAD, LOBBY
+from fedllm.federation.keep import keep, needs_flare, sockets, until_told
 from fedllm.federation.members import of
+from fedllm.federation.server.lobby import LEAD, LOBBY
 
 MODULE = "nvflare.private.fed.app.server.server_train"
 
-DIRECT = "fedllm.federation.direct:lead"
+DIRECT = "fedllm.federation.server.direct:lead"
 """What a run's process does: the loop, over a line that is direct where it can be."""
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
@@ -45,11 +45,3 @@ def serve(folder: Path, loop: str) -> None:
             keep(command, env, folder / "server" / "output.log", stop, lambda: beat(folder))
     except Timeout:
         raise FedllmError(f"A server works in '{folder}' already; stop it first.") from None
-
-
-def needs_flare() -> None:
-    """Say what to install when the engine is not there."""
-    from importlib.util import find_spec
-
-    if find_spec("nvflare") is None:
-        raise FedllmError("NVIDIA FLARE is not installed; `pip install 'fedllm[federation]'` brings it.")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedllm.core.types import Request
-from fedllm.federation.audit import Entry
-from fedllm.federation.bench import Job
-from fedllm.federation.policy import Site
-from fedllm.federation.record import ONCE, TRAIN, done_once
-from fedllm.federation.rules import Denied
+from fedllm.federation.site.audit import Entry
+from fedllm.federation.site.bench import Job
+from fedllm.federation.site.policy import Site
+from fedllm.federation.site.record import ONCE, TRAIN, done_once
+from fedllm.federation.site.rules import Denied
 
 
 def once(folder: Path, name: str, request: Request, rounds: int, running: Iterable[Job]) -> None:

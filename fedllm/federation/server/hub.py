@@ -27,10 +27,11 @@ from nvflare.fuel.hci.reg import CommandModule, CommandModuleSpec, CommandSpec
 from nvflare.fuel.hci.server.constants import ConnProps
 from nvflare.private.fed.server.cred_keeper import CredKeeper
 
-from fedllm.federation import attempts, commands, notes, tls
-from fedllm.federation.attempts import Attempt, Seen
+from fedllm.federation import notes
 from fedllm.federation.kits import ADMIN_ROLE, SERVER_ROLE
 from fedllm.federation.members import of, revoked
+from fedllm.federation.server import attempts, commands, tls
+from fedllm.federation.server.attempts import Attempt, Seen
 from fedllm.runtime.flare import FOLDER, job
 
 TICK = 0.5

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from fedllm.core.errors import FedllmError
 from fedllm.federation import kits
-from fedllm.federation.front import Front, converse
 from fedllm.federation.health import beat
-from fedllm.federation.keep import keep, sockets, until_told
-from fedllm.federation.serve import needs_flare
+from fedllm.federation.keep import keep, needs_flare, sockets, until_told
+from fedllm.federation.site.front import Front, converse
 
 MODULE = "nvflare.private.fed.app.client.client_train"
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import Request
-from fedllm.federation.disk import move, on_disk, write
-from fedllm.federation.rules import canonical
+from fedllm.federation.site.disk import move, on_disk, write
+from fedllm.federation.site.rules import canonical
 
 KEPT = 3
 

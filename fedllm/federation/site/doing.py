@@ -9,12 +9,12 @@ from typing import Any
 
 from fedllm.core.errors import FedllmError
 from fedllm.core.types import NOTHING, Scalars
-from fedllm.federation import messages, record
-from fedllm.federation.audit import Audit
-from fedllm.federation.bench import Job
-from fedllm.federation.guard import Guard
-from fedllm.federation.policy import Policy, Site
-from fedllm.federation.rules import governing
+from fedllm.federation.site import messages, record
+from fedllm.federation.site.audit import Audit
+from fedllm.federation.site.bench import Job
+from fedllm.federation.site.guard import Guard
+from fedllm.federation.site.policy import Policy, Site
+from fedllm.federation.site.rules import governing
 
 FOUND = ("copied", "personal", "withheld")
 """What a worker counts as it looks its texts through."""
