@@ -98,6 +98,8 @@ def plan_lines(parts: Parts) -> Iterator[str]:
     if away(parts):
         runtime = "federation, each site on its own machine; the server's part"
     yield f"runs as      {runtime}, on {parts.device.type} in {str(parts.dtype).removeprefix('torch.')}"
+    if away(parts) and parts.algorithm.ahead:
+        yield "overlap      a site begins the next round while its reply to this one is under way"
     for word, sentence in parts.method.notes if parts.method else ():
         yield f"{word:<12} {sentence}"
     if not total:

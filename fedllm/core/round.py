@@ -82,6 +82,10 @@ def averaging(
     def init(params: Tensors) -> State:
         return State(0, dict(params), dict(optimiser.init(params)), {})
 
+    def settled(number: int) -> bool:
+        # A layer between may ask for more than one message a round, so it has every round to itself.
+        return share.settled(number) and not middleware
+
     def server(state: State, exchange: Exchange) -> tuple[State, Report]:
         like = share.up(state.round, state.params)
         stages = wire_stages(transforms, like)
@@ -92,8 +96,7 @@ def averaging(
         ]
         always = any(transform.always for transform in transforms)
         asked = list(select(state.round))
-        # A layer between may ask for more than one message a round, so it has every round to itself.
-        following = select(state.round + 1) if share.settled(state.round) and not middleware else ()
+        following = select(state.round + 1) if settled(state.round) else ()
         requests = asking(share, state, asked, following)
         for layer in reversed(middleware):
             exchange = layer.exchange(exchange)
@@ -181,10 +184,11 @@ def averaging(
             sent = layer.wire(sent)
         return sent
 
+    def down(like: Tensors) -> Tensors:
+        return share.packed(largest(parts_of(share, like)))
+
     ops = ["train", *(op for layer in middleware for op in layer.ops)]
-    whole = Algorithm(
-        init, client, server, cohort, steps, wire, lambda like: share.packed(largest(parts_of(share, like))), ops
-    )
+    whole = Algorithm(init, client, server, cohort, steps, wire, down, ops, ahead=settled(0))
 
     def reached(number: int) -> list[str]:
         return [name for name in select(number) if not any(layer.lost(number, name) for layer in middleware)]

@@ -325,6 +325,8 @@ class Algorithm(NamedTuple):
     """What one client that follows the run is sent in a round, at most; runs on meta tensors."""
     ops: Sequence[str] = ("train",)
     """What its client can be asked to do."""
+    ahead: bool = False
+    """Whether a round says what the next will ask, which far clients begin while their reply is under way."""
 
 
 def on_meta(tensors: Tensors) -> dict[str, Tensor]:

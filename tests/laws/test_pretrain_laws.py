@@ -10,6 +10,7 @@ import torch
 import fedllm
 from fedllm.app.build import build
 from fedllm.app.config import read_recipe
+from fedllm.app.plan_view import plan_lines
 from fedllm.app.run import resume
 from fedllm.core.aggregate import mean
 from fedllm.core.errors import FedllmError
@@ -248,6 +249,24 @@ def recipe(place, **changes):
     for path, value in changes.items():
         table.setdefault(path, {}).update(value) if isinstance(value, dict) else table.update({path: value})
     return table
+
+
+SUMS = {"secure": {"least": 3}, "evaluate": {"alone": False}, "transforms": [{"name": "clip", "max_norm": 1.0}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ahead"),
+    [
+        ({}, True),
+        ({"share": {"delay": 0}}, False),
+        ({"silos": {"c": "a.jsonl"}, **SUMS}, False),
+    ],
+)
+def test_the_plan_says_that_far_sites_begin_the_next_round_early(place, changes, ahead):
+    table = read_recipe(recipe(place, **changes))
+    here, far = (plan_lines(build(table, weights=False, elsewhere=names)) for names in ((), ["a", "b", "c"]))
+    assert any(line.startswith("overlap ") for line in far) == ahead
+    assert not any(line.startswith("overlap ") for line in here)
 
 
 def test_a_recipe_streams_fragments_and_goes_on_after_a_stop(place, tmp_path):
