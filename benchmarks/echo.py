@@ -119,17 +119,19 @@ class Peak:
         self._over.set()
 
 
-def serve_with_loop(folder: Path) -> None:
-    """Serve a federation whose runs are `loop`."""
-    from fedllm.federation.server.serve import serve
+def serve_with_loop(folder: Path, alone: bool) -> None:
+    """Serve a federation whose runs are `loop`; `alone`: they call their sites by the engine alone."""
+    from fedllm.federation.server import serve
 
-    serve(folder, "benchmarks.echo:loop")
+    if alone:
+        serve.DIRECT = "benchmarks.echo:loop"
+    serve.serve(folder, "benchmarks.echo:loop")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "work":
         work()
-    elif sys.argv[1] == "serve":
-        serve_with_loop(Path(sys.argv[2]))
+    elif sys.argv[1] in ("serve", "alone"):
+        serve_with_loop(Path(sys.argv[2]), sys.argv[1] == "alone")
     else:
         start(sys.argv[2], Path(sys.argv[3]))

@@ -1,8 +1,8 @@
 """NVIDIA FLARE as the engine: empty rounds, large payloads, memory, start-up; and the quickstart over four sites.
 
-`python -m benchmarks.federation` measures the engine with four sites that send back what they get, and
-then runs the quickstart's recipe (half its rounds unless `--whole`) in one process and over four site
-processes on this machine, one thread each, and compares bits and seconds.
+`python -m benchmarks.federation` measures the engine with four sites that send back what they get, called directly and
+by FLARE alone, and then runs the quickstart's recipe (half its rounds unless `--whole`) in one process and over four
+site processes on this machine, one thread each, and compares bits and seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import typer
 
 from benchmarks.common import keep
 from benchmarks.sites import FEDLLM, RECIPE, ROOT, connected, federated, join_all, running, said
@@ -25,8 +27,8 @@ from benchmarks.sites import FEDLLM, RECIPE, ROOT, connected, federated, join_al
 ECHO = ["a", "b", "c", "d"]
 
 
-def engine(place: Path) -> dict[str, float]:
-    """Measure the engine alone."""
+def engine(place: Path, alone: bool = False) -> dict[str, float]:
+    """Measure what carries the work; `alone`: FLARE without a direct connection."""
     from fedllm.app.config import read_recipe, write_recipe
     from fedllm.app.lead import question
     from fedllm.federation.server.commands import answer
@@ -34,7 +36,7 @@ def engine(place: Path) -> dict[str, float]:
 
     folder = join_all(place, ECHO)
     recipe = read_recipe({"model": "smollm2-135m-instruct", "rounds": 1})
-    serving = [sys.executable, "-m", "benchmarks.echo", "serve", str(folder)]
+    serving = [sys.executable, "-m", "benchmarks.echo", "alone" if alone else "serve", str(folder)]
     begun = time.time()
     sites = [[sys.executable, "-m", "benchmarks.echo", "start", name, str(place / name)] for name in ECHO]
     with running([serving, *sites], place):
@@ -91,25 +93,30 @@ def seconds_of_rounds(folder: Path) -> float:
     return float(sum(sum(event["seconds"].values()) for event in events if event["event"] == "round"))
 
 
-def main() -> None:
-    rounds = [] if "--whole" in sys.argv else ["rounds=2"]
-    settings = ["threads=1", "runtime=local", "evaluate.alone=false", *rounds]
+def main(
+    whole: Annotated[bool, typer.Option(help="All rounds of the quickstart.")] = False,
+    only: Annotated[Literal["all", "engine", "alone"], typer.Option(help="Measure a part, and keep nothing.")] = "all",
+) -> None:
+    """Measure all of it and keep what was found."""
+    settings = ["threads=1", "runtime=local", "evaluate.alone=false", *([] if whole else ["rounds=2"])]
     os.environ["PYTHONPATH"] = str(ROOT)
     place = Path(tempfile.mkdtemp(prefix="fedllm-bench-"))
     try:
-        (place / "engine").mkdir()
-        (place / "quickstart").mkdir()
-        found = engine(place / "engine")
+        for part in ("engine", "alone", "quickstart"):
+            (place / part).mkdir()
+        found = engine(place / "engine") if only != "alone" else {}
+        if only != "engine":
+            found |= {f"flare_alone_{key}": value for key, value in engine(place / "alone", alone=True).items()}
         print(json.dumps(found), flush=True)
-        if "--engine" in sys.argv:
+        if only != "all":
             return
         found |= quickstart(place / "quickstart", settings)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     for key, value in found.items():
-        print(f"{key:<26} {value}")
+        print(f"{key:<34} {value}")
     keep("federation", found)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
