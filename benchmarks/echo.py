@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROUNDS, REPEATS = 20, 3
+ROUNDS, REPEATS = 20, 5
 
 
 def work() -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -161,6 +162,34 @@ def test_what_a_kill_left_is_gone_on_with_and_checked_anew(spool, tmp_path):
     assert Spool(tmp_path / "spool").hold(key_of(b"power cut")) is None
 
 
+def test_old_whole_files_make_room_as_fast_as_a_new_one_comes(spool, tmp_path):
+    old, kept, new = (bytes([number]) * 100 for number in range(3))
+    for data in (old, kept):
+        sent(spool, data)
+        time.sleep(0.01)
+
+    def sizes():
+        return {path.name: path.stat().st_size for path in (tmp_path / "spool").iterdir()}
+
+    assert sizes() == {key_of(old): 100, key_of(kept): 100}
+    for start, left in ((0, 60), (40, 20)):
+        spool.put(key_of(new), start, 100, new[start : start + 40])
+        assert sizes() == {f"-{key_of(old)}": left, key_of(kept): 100, key_of(new): start + 40}
+    # Taken up where a crash stopped it; what was to go does not come back.
+    spool = Spool(tmp_path / "spool")
+    assert sizes() == {key_of(kept): 100, key_of(new): 80}
+    spool.put(key_of(new), 80, 100, new[80:])
+    assert spool.hold(key_of(new)) and spool.hold(key_of(kept)) and not spool.hold(key_of(old))
+
+
+def test_nothing_that_made_room_is_left_once_a_smaller_file_is_whole(spool, tmp_path):
+    for data in (b"a" * 1000, b"b" * 10):
+        sent(spool, data)
+        time.sleep(0.01)
+    sent(spool, b"c" * 10)
+    assert sorted(path.stat().st_size for path in (tmp_path / "spool").iterdir()) == [10, 10]
+
+
 def test_only_a_few_files_wait_and_what_is_worked_on_stays(spool, tmp_path):
     sent(spool, b"held")
     spool.hold(key_of(b"held"))
@@ -172,6 +201,9 @@ def test_only_a_few_files_wait_and_what_is_worked_on_stays(spool, tmp_path):
     assert spool.put(key_of(b"8"), 0, 100, b"") == 4 and spool.put(key_of(b"0"), 0, 100, b"") == 0
     spool.let_go(key_of(b"held"))
     sent(spool, b"another")
+    assert spool.hold(key_of(b"held"))
+    spool.let_go(key_of(b"held"))
+    sent(spool, b"one more")
     assert spool.hold(key_of(b"held")) is None
 
 

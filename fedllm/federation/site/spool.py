@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,8 +15,11 @@ from fedllm.core.errors import FedllmError, Refused
 from fedllm.federation.site.disk import on_disk
 from fedllm.runtime.line import Body
 
-WAITING = 4
-"""Files that are kept while nobody works on them, half ones too; the oldest makes room for a new one."""
+WAITING, DONE = 4, 1
+"""Half files that are kept, and whole ones that nobody works on while another comes; the oldest make room."""
+
+GOING = "-"
+"""How the name of a file begins that makes room, as fast as the new one comes."""
 
 
 class Spool:
@@ -22,6 +27,8 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{GOING}*"):
+            path.unlink()
         self._folder, self._lock = folder, threading.Lock()
         self._whole, self._held = set[str](), Counter[str]()
         self._hashed: dict[str, tuple[Any, int]] = {}
@@ -42,9 +49,12 @@ class Spool:
                 raise Refused(f"its chunk ends at {max(have, offset + len(chunk))} of a message of {size} bytes")
             if offset == have and chunk:
                 self._make_room(key, size - have)
+                self._give_way(len(chunk))
                 append(path, chunk, have)
                 self._hash(key, chunk, have)
                 have += len(chunk)
+            if have == size:
+                self._give_way(sys.maxsize)
             if have == size and not self._is_whole(key, look=True):
                 path.unlink(missing_ok=True)
                 raise Refused("the bytes of its message are not those of its key; send it again")
@@ -85,16 +95,29 @@ class Spool:
             self._hashed[key] = digest, have + len(chunk)
 
     def _make_room(self, key: str, needed: int) -> None:
-        others = [path for path in self._folder.iterdir() if path.name not in {key, *self._held}]
-        others.sort(key=lambda path: path.stat().st_mtime_ns)
-        for path in others[: max(0, len(others) - WAITING + 1)]:
+        idle = [path for path in self._folder.iterdir() if path.name not in {key, *self._held}]
+        idle = sorted((path for path in idle if path.name[0] != GOING), key=lambda path: path.stat().st_mtime_ns)
+        whole = [path for path in idle if path.name in self._whole]
+        half = [path for path in idle if path.name not in self._whole]
+        for path in [*whole[: max(0, len(whole) - DONE)], *half[: max(0, len(half) - WAITING + 1)]]:
             self._whole.discard(path.name)
             self._hashed.pop(path.name, None)
-            path.unlink()
-        if shutil.disk_usage(self._folder).free < needed:
+            path.replace(self._folder / f"{GOING}{path.name}")
+        going = sum(path.stat().st_size for path in self._folder.glob(f"{GOING}*"))
+        if shutil.disk_usage(self._folder).free + going < needed:
             raise FedllmError(
                 f"The site has no room for a message of {needed / 1e6:.0f} MB; make room at the site, then ask again."
             )
+
+    def _give_way(self, size: int) -> None:
+        """Free as many bytes of what has to go: memory is had again at once, where a host takes what is long free."""
+        for path in self._folder.glob(f"{GOING}*"):
+            left = path.stat().st_size - size
+            if left > 0:
+                os.truncate(path, left)
+                return
+            path.unlink()
+            size = -left
 
 
 def append(path: Path, chunk: Body, have: int) -> None:
