@@ -120,9 +120,17 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
     """Print the result as the last line, and keep it with the command and the machine."""
     RESULTS.mkdir(exist_ok=True)
     command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
-    kept = {"command": command, "machine": machine(), **result}
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    written = {"command": command, "machine": machine(), **result}
+    (RESULTS / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def kept(name: str) -> dict[str, Any]:
+    """Return what is kept of a benchmark, if it was measured on such a machine as this one."""
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    own = before.pop("machine", "") == machine()
+    return {key: value for key, value in before.items() if own and key != "command"}
 
 
 def done(recipe: Recipe | Mapping[str, Any], folder: Path) -> Path:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from benchmarks.common import keep
+from benchmarks.common import keep, kept
 from benchmarks.sites import FEDLLM, RECIPE, ROOT, connected, federated, join_all, running, said
 
 ECHO = ["a", "b", "c", "d"]
@@ -95,9 +95,11 @@ def seconds_of_rounds(folder: Path) -> float:
 
 def main(
     whole: Annotated[bool, typer.Option(help="All rounds of the quickstart.")] = False,
-    only: Annotated[Literal["all", "engine", "alone"], typer.Option(help="Measure a part, and keep nothing.")] = "all",
+    only: Annotated[
+        Literal["all", "engine", "alone"], typer.Option(help="Measure a part anew; of the others stays what is kept.")
+    ] = "all",
 ) -> None:
-    """Measure all of it and keep what was found."""
+    """Measure all of it, or a part, and keep what was found."""
     settings = ["threads=1", "runtime=local", "evaluate.alone=false", *([] if whole else ["rounds=2"])]
     os.environ["PYTHONPATH"] = str(ROOT)
     place = Path(tempfile.mkdtemp(prefix="fedllm-bench-"))
@@ -107,15 +109,14 @@ def main(
         found = engine(place / "engine") if only != "alone" else {}
         if only != "engine":
             found |= {f"flare_alone_{key}": value for key, value in engine(place / "alone", alone=True).items()}
-        print(json.dumps(found), flush=True)
-        if only != "all":
-            return
-        found |= quickstart(place / "quickstart", settings)
+        if only == "all":
+            print(json.dumps(found), flush=True)
+            found |= quickstart(place / "quickstart", settings)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     for key, value in found.items():
         print(f"{key:<34} {value}")
-    keep("federation", found)
+    keep("federation", {**kept("federation"), **found})
 
 
 if __name__ == "__main__":
