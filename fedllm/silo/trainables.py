@@ -18,6 +18,9 @@ from fedllm.silo.sharded import spread
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+DECLINED = (ValueError, NotImplementedError)
+"""What peft raises where a method has no place in a model; it has no error of its own."""
+
 OWN_TARGETS = {"ADAPTION_PROMPT", "BEFT", "IA3", "LN_TUNING", "SHADOW", "TRAINABLE_TOKENS"}
 """Methods of peft that by default train something else than linear layers, which peft itself knows to find."""
 
@@ -143,13 +146,12 @@ def peft_method(method: str, **config: Any) -> Trainable:
         settings = configured(method, kinds[method], with_targets(config, model) if aimed else config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "attach"))
-            # peft has no error of its own: which of Python's it is tells what was wrong.
             try:
                 return get_peft_model(model, settings)
             # A rank of 0, which most methods refuse, some divide by: a setting, whatever the layers.
             except (TypeError, ZeroDivisionError) as error:
                 raise FedllmError(unsettled(method, error)) from error
-            except (ValueError, NotImplementedError) as error:
+            except DECLINED as error:
                 raise FedllmError(misfit(method, model, error)) from error
 
     return Trainable(method.lower(), attach, without_adapter, lambda model: merge(method, model), adapter=True)
@@ -222,7 +224,7 @@ def merge(method: str, model: Any) -> nn.Module:
     # Only by trying does peft tell which methods, and which layers, have no place in the weights.
     try:
         return model.merge_and_unload()
-    except (NotImplementedError, ValueError) as error:
+    except DECLINED as error:
         why = first_sentence(error)
         raise FedllmError(f"A {method} adapter cannot be merged into the weights ({why}); {remedy}.") from error
 

@@ -126,7 +126,8 @@ class Direct:
         except (Unreachable, Aborted) as error:
             log.info("%s was not asked to dial: %s", site, error)
         finally:
-            self.invite_after[site] = time.monotonic() + pause
+            with self.lock:
+                self.invite_after[site] = time.monotonic() + pause
 
     def receive(self, listener: socket.socket) -> None:
         """Take connections that the port passes on, until the listener is closed."""
